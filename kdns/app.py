@@ -1,0 +1,650 @@
+"""The program: starts what a Corefile asks for, keeps it going, reloads it, stops it.
+
+Decides lifetimes and nothing else. One TaskGroup owns every task; a Running site is replaced
+as a whole, after everything new has been opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import platform
+import signal
+import ssl
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any
+
+from kdns import __version__
+from kdns.dns.message import Reply
+from kdns.dns.name import BadName, parse_name
+from kdns.dns.text import render_rr
+from kdns.errors import ConfigError, Problem
+from kdns.metrics import Metrics
+from kdns.pipeline import Pipeline, everything
+from kdns.plugins.plugin import (
+    Drop,
+    Every,
+    Feed,
+    HttpRoute,
+    Plugin,
+    Probe,
+    WatchFile,
+    WatchFolder,
+    Work,
+)
+from kdns.registry.snapshot import dump_snapshot
+from kdns.registry.spec import KubeSpec, ManifestSpec
+from kdns.registry.store import Store
+from kdns.server import files
+from kdns.server.exchange import Exchange
+from kdns.server.http import HttpServer
+from kdns.server.listen import Listener, Place
+from kdns.server.upstream import UpstreamPool
+from kdns.site import Site, build_site, places_of, read_corefile
+
+log = logging.getLogger("kdns")
+
+RESOLV_CONF = "/etc/resolv.conf"
+
+
+class App:
+    """One kdns server. Several may live in one process.
+
+    conf / text -- path of the Corefile, or its content
+    dns_port    -- port of server blocks that name none
+    """
+
+    def __init__(
+        self,
+        conf: str | None = None,
+        *,
+        text: str | None = None,
+        dns_port: int = 53,
+        quiet: bool = False,
+    ) -> None:
+        self.conf = conf
+        self.text = text
+        self.dns_port = dns_port
+        self.quiet = quiet
+        self.metrics = Metrics()
+        self.metrics.before_scrape.append(self._settle)
+        self.listeners: dict[Place, Listener] = {}
+        self.pipelines: dict[KubeSpec | ManifestSpec, tuple[Pipeline, asyncio.Task[None]]] = {}
+        self.site: Site | None = None
+        self._http: dict[str, HttpServer] = {}
+        self._upstreams: UpstreamPool | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._feeds: list[tuple[Pipeline, Any]] = []
+        self._group: asyncio.TaskGroup | None = None
+        self._stop = asyncio.Event()
+        self._refused = ""
+        self._reload_failed = self.metrics.counter(
+            "coredns_reload_failed_total", "Counter of the number of failed reload attempts."
+        ).labels()
+        self._gauges()
+
+    # --- running ----------------------------------------------------------------------
+
+    async def run(self, started: Callable[[], None] | None = None) -> None:
+        """Serve until stop(). Raises ConfigError or OSError if it cannot start."""
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            self._upstreams = UpstreamPool(self.metrics)
+            try:
+                await self._switch(self._build())
+                self._say_started()
+                if started is not None:
+                    started()
+                group.create_task(self._follow_corefile())
+                await self._stop.wait()
+                await self._lameduck()
+            finally:
+                await self._close()
+
+    def stop(self) -> None:
+        """Begin to stop; a second call skips the lameduck time."""
+        if self._stop.is_set():
+            for task in self._tasks:
+                task.cancel()
+        self._stop.set()
+
+    def port(self, scheme: str = "dns") -> int:
+        """Return the port of the first listener of a scheme (for port 0)."""
+        return next(x.port for x in self.listeners.values() if x.place.scheme == scheme)
+
+    def http_port(self, path: str) -> int:
+        """Return the port that serves a path such as /health."""
+        return next(s.port for s in self._http.values() if path in s.routes)
+
+    # --- building ---------------------------------------------------------------------
+
+    def _build(self) -> Site:
+        corefile, problems = read_corefile(self.conf, self.text, self.dns_port, os.environ)
+        site = build_site(corefile, problems, self.metrics, host_search())
+        for warning in site.warnings:
+            log.warning("%s", warning)
+        return site
+
+    async def _switch(self, site: Site) -> None:
+        """Make `site` the one that serves. What it needs is opened first: if that fails, the
+        old site goes on as it was."""
+        plugins = site.plugins()
+        work = [item for plugin in plugins for item in plugin.work()]
+        for item in work:
+            if isinstance(item, (WatchFile, WatchFolder)):
+                files.load(item)
+        http = await self._open_http(site)
+        feeds = [(self._pipeline(w.source), w) for w in work if isinstance(w, Feed)]
+        try:
+            new = await self._open_listeners(site, feeds)
+        except BaseException:
+            for server in http:
+                await server.stop()
+            raise
+        await self._retire(site, new, http, feeds)
+        self.site = site
+        self._start_work(site, plugins, work)
+
+    async def _open_listeners(
+        self, site: Site, feeds: list[tuple[Pipeline, Feed]]
+    ) -> dict[Place, Listener]:
+        assert self._upstreams is not None
+        for pipeline, feed in feeds:
+            pipeline.subscribe(feed.publish)
+        await self._wait_synced(site, feeds)
+        opened: dict[Place, Listener] = {}
+        try:
+            for place, router in site.routers.items():
+                if place in self.listeners:
+                    continue
+                exchange = Exchange(router, self._upstreams, self.metrics)
+                listener = Listener(place, exchange, self.metrics)
+                await listener.open(_tls_context(site, place))
+                opened[place] = listener
+        except OSError as e:
+            for listener in opened.values():
+                await listener.close()
+            for pipeline, feed in feeds:
+                pipeline.unsubscribe(feed.publish)
+            raise ConfigError([Problem(str(place), 0, f"cannot listen: {e.strerror or e}")]) from e
+        return opened
+
+    async def _retire(
+        self,
+        site: Site,
+        new: dict[Place, Listener],
+        http: list[HttpServer],
+        feeds: list[tuple[Pipeline, Feed]],
+    ) -> None:
+        """Point what stays to the new site and close what the old one alone had."""
+        for task in self._tasks:
+            task.cancel()
+        self._tasks = []
+        for place in [p for p in self.listeners if p not in site.routers]:
+            await self.listeners.pop(place).close()
+        self.listeners.update(new)
+        for place, listener in self.listeners.items():
+            listener.exchange.router = site.routers[place]
+            for cache in listener.caches:
+                cache.clear()
+            for block in site.blocks:
+                if place in places_of(block):
+                    block.chain.spawn = listener.exchange.background
+        for pipeline, publish in self._feeds:
+            pipeline.unsubscribe(publish)
+        self._feeds = [(pipeline, feed.publish) for pipeline, feed in feeds]
+        wanted = {pipeline for pipeline, _ in self._feeds}
+        for spec, (pipeline, task) in list(self.pipelines.items()):
+            if pipeline not in wanted:
+                task.cancel()
+                del self.pipelines[spec]
+        keep = {s.address for s in http} | {r.address for r in _routes(site)}
+        for address in [a for a in self._http if a not in keep]:
+            await self._http.pop(address).stop()
+        for server in http:
+            self._http[server.address] = server
+        for server in self._http.values():
+            server.routes = {r.path: r for r in reversed(_routes(site))
+                             if r.address == server.address}  # fmt: skip
+
+    async def _open_http(self, site: Site) -> list[HttpServer]:
+        opened: list[HttpServer] = []
+        for route in _routes(site):
+            known = {s.address for s in opened} | set(self._http)
+            if route.address in known:
+                continue
+            server = HttpServer(route.address, _context(*route.tls) if route.tls else None)
+            server.routes = {r.path: r for r in _routes(site) if r.address == route.address}
+            try:
+                await server.start()
+            except OSError as e:
+                for other in opened:
+                    await other.stop()
+                raise ConfigError(
+                    [Problem(route.address, 0,
+                             f"cannot listen for {route.path}: {e.strerror or e}")]
+                ) from e  # fmt: skip
+            opened.append(server)
+        return opened
+
+    def _pipeline(self, spec: KubeSpec | ManifestSpec) -> Pipeline:
+        """Return the pipeline of a source, started at first use and kept over reloads."""
+        found = self.pipelines.get(spec)
+        if found is None:
+            pipeline = Pipeline(Store.of(spec), self._invalidate)
+            assert self._group is not None
+            task = self._group.create_task(_follow_source(spec, pipeline, self.metrics))
+            found = self.pipelines[spec] = (pipeline, task)
+        return found[0]
+
+    async def _wait_synced(self, site: Site, feeds: list[tuple[Pipeline, Feed]]) -> None:
+        """Give the registry `startup_timeout` to be listed once (reference 1.11)."""
+        waits = [p.startup_timeout for p in site.plugins() if p.word == "kubernetes"]  # type: ignore[attr-defined]
+        waiting = [p for p, _ in feeds if not p.synced.is_set()]
+        if not waiting:
+            return
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(max(waits, default=5.0)):
+                for pipeline in waiting:
+                    await pipeline.synced.wait()
+        except TimeoutError:
+            log.warning(
+                "plugin/kubernetes: starting server with unsynced Kubernetes API after %.1f s:"
+                " cluster names get SERVFAIL until it answers", time.monotonic() - began,
+            )  # fmt: skip
+
+    # --- what plugins want done -------------------------------------------------------
+
+    def _start_work(self, site: Site, plugins: Sequence[Plugin], work: Sequence[Work]) -> None:
+        for item in work:
+            if isinstance(item, (WatchFile, WatchFolder)):
+                self._spawn(files.follow(item, self._forget_all))
+            elif isinstance(item, Every):
+                self._spawn(_every(item))
+            elif isinstance(item, Probe):
+                self._spawn(self._probe(site, item))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        assert self._group is not None
+        self._tasks.append(self._group.create_task(_contained(work)))
+
+    async def _probe(self, site: Site, probe: Probe) -> None:
+        """Put the `loop` plugin's question to this server, over its own chain."""
+        deadline = time.monotonic() + probe.seconds
+        listener = next(
+            (x for x in self.listeners.values() if x.place.scheme in ("dns", "tls")), None
+        )
+        while listener is not None and not probe.done() and time.monotonic() < deadline:
+            answered = asyncio.Event()
+
+            def done(reply: Reply | Drop, answered: asyncio.Event = answered) -> None:
+                answered.set()
+
+            query = probe.query.asking()
+            query.received = time.monotonic()
+            if isinstance(listener.exchange.answer(query, done), (Reply, Drop)):
+                answered.set()
+            try:
+                async with asyncio.timeout(probe.interval):
+                    await answered.wait()
+                return
+            except TimeoutError:
+                continue
+
+    def _forget_all(self) -> None:
+        self._invalidate(None)
+
+    def _invalidate(self, deps: Sequence[Any] | None) -> None:
+        for listener in self.listeners.values():
+            for cache in listener.caches:
+                if deps is None:
+                    cache.clear()
+                else:
+                    cache.drop(deps)
+        if self.site is not None and deps:
+            for plugin in self.site.plugins():
+                if plugin.word == "cache":
+                    plugin.invalidate(deps)  # type: ignore[attr-defined]
+
+    def _settle(self) -> None:
+        for listener in self.listeners.values():
+            for cache in listener.caches:
+                cache.settle()
+
+    def _gauges(self) -> None:
+        metrics = self.metrics
+        metrics.gauge(
+            "kdns_source_last_event_age_seconds",
+            "Seconds since the registry's source was last heard of.", ("source",),
+        ).read = lambda: [
+            ((str(spec.kind),), max(0.0, time.time() - p.heard_at) if p.heard_at else -1.0)
+            for spec, (p, _) in self.pipelines.items()
+        ]  # fmt: skip
+        metrics.gauge(
+            "kdns_packet_cache_entries", "Ready-made answers held.", ("server",)
+        ).read = lambda: [
+            ((str(x.place),), float(sum(map(len, x.caches)))) for x in self.listeners.values()
+        ]
+
+    # --- reloading --------------------------------------------------------------------
+
+    async def _follow_corefile(self) -> None:
+        """Reload when the Corefile's meaning changed (plugin `reload`) or on a signal."""
+        self._wanted = asyncio.Event()
+        while True:
+            wait = self._reload_interval()
+            try:
+                async with asyncio.timeout(wait):
+                    await self._wanted.wait()
+                forced = True
+            except TimeoutError:
+                forced = False
+            self._wanted.clear()
+            if wait is not None or forced:
+                await self.reload(forced)
+
+    def _reload_interval(self) -> float | None:
+        if self.conf is None or self.site is None:
+            return None
+        for plugin in self.site.plugins():
+            if plugin.word == "reload" and plugin.interval:  # type: ignore[attr-defined]
+                return plugin.pause()  # type: ignore[attr-defined, no-any-return]
+        return None
+
+    def reload_soon(self) -> None:
+        """For SIGUSR1 and SIGHUP."""
+        self._wanted.set()
+
+    async def reload(self, forced: bool = False) -> bool:
+        """Take over the Corefile if its meaning changed; return True if it was taken."""
+        assert self.site is not None
+        try:
+            corefile, problems = read_corefile(self.conf, self.text, self.dns_port, os.environ)
+            if problems.errors:
+                raise ConfigError(problems.found)
+            if corefile.digest == self.site.corefile.digest and not forced:
+                self._refused = ""
+                return False
+            if corefile.digest == self._refused and not forced:
+                return False
+            log.info("Reloading")
+            site = build_site(corefile, problems, self.metrics, host_search())
+            await self._switch(site)
+        except ConfigError as e:
+            self._refuse(e)
+            return False
+        except Exception:
+            log.exception("a bug in kdns while reloading; the old configuration stays")
+            self._reload_failed.add()
+            return False
+        self._refused = ""
+        log.info("plugin/reload: Running configuration SHA512 = %s", site.corefile.digest)
+        log.info("Reloading complete")
+        return True
+
+    def _refuse(self, error: ConfigError) -> None:
+        """Say what is wrong, once for each text, and keep the old configuration."""
+        text = str(error)
+        if text == self._refused:
+            return
+        self._refused = text
+        self._reload_failed.add()
+        for problem in error.problems:
+            log.error("plugin/reload: %s", problem)
+        log.error("plugin/reload: Corefile not taken over; the old configuration stays")
+
+    # --- start and end ----------------------------------------------------------------
+
+    def _say_started(self) -> None:
+        if self.quiet:
+            return
+        assert self.site is not None
+        for block in self.site.blocks:
+            for key in block.keys:
+                scheme = "" if key.scheme == "dns" else f"{key.scheme}://"
+                for place in places_of(block):
+                    if (place.scheme, place.port) != (key.scheme, key.port):
+                        continue
+                    port = self.listeners[place].port
+                    on = f" on {place.address}" if place.address else ""
+                    print(f"{scheme}{key.zone}:{port}{on}", flush=True)
+        print(f"kdns-{__version__}", flush=True)
+        print(
+            f"{platform.system().lower()}/{platform.machine()},"
+            f" {platform.python_implementation()} {platform.python_version()}",
+            flush=True,
+        )
+
+    async def _lameduck(self) -> None:
+        assert self.site is not None
+        seconds = max(
+            (p.lameduck for p in self.site.plugins() if p.word == "health"),  # type: ignore[attr-defined]
+            default=0.0,
+        )
+        for plugin in self.site.plugins():
+            if plugin.word == "ready":
+                plugin.lameduck = True  # type: ignore[attr-defined]
+        if seconds > 0:
+            log.info("plugin/health: Going into lameduck mode for %gs", seconds)
+            self._stop.clear()
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._stop.wait()
+            except TimeoutError:
+                pass
+
+    async def _close(self) -> None:
+        for listener in self.listeners.values():
+            await listener.close()
+        for server in self._http.values():
+            await server.stop()
+        if self._upstreams is not None:
+            await self._upstreams.close()
+        current = asyncio.current_task()
+        assert self._group is not None
+        for task in list(self._group._tasks):  # type: ignore[attr-defined]
+            if task is not current:
+                task.cancel()
+
+
+def host_search() -> tuple[bytes, ...]:
+    """Return the search list of this host's resolv.conf as wire names (for autopath)."""
+    content, _ = files.read_file(RESOLV_CONF)
+    found: list[bytes] = []
+    for line in (content or b"").decode("utf-8", "replace").splitlines():
+        words = line.split()
+        if words and words[0] in ("search", "domain"):
+            found = []
+            for word in words[1:]:
+                try:
+                    found.append(parse_name(word if word.endswith(".") else word + ".").lower())
+                except BadName:
+                    continue
+    return tuple(found)
+
+
+def _routes(site: Site) -> list[HttpRoute]:
+    """Return the site's HTTP routes; those of one path on one address are made into one that
+    is only well if all of them are."""
+    merged: dict[tuple[str, str], HttpRoute] = {}
+    for plugin in site.plugins():
+        for item in plugin.work():
+            if not isinstance(item, HttpRoute):
+                continue
+            key = (item.address, item.path)
+            first = merged.get(key)
+            if first is None:
+                merged[key] = item
+            elif plugin.word == "ready":
+                merged[key] = HttpRoute(
+                    item.address, item.path, _all_of(first.handle, item.handle), item.tls
+                )
+    return list(merged.values())
+
+
+_Handle = Callable[[dict[str, str]], tuple[int, str, bytes]]
+
+
+def _all_of(first: _Handle, second: _Handle) -> _Handle:
+    def handle(headers: dict[str, str]) -> tuple[int, str, bytes]:
+        one, other = first(headers), second(headers)
+        if one[0] != 200 and other[0] != 200:
+            return one[0], one[1], one[2] + b"," + other[2]
+        return other if one[0] == 200 else one
+
+    return handle
+
+
+def _tls_context(site: Site, place: Place) -> ssl.SSLContext | None:
+    """Return the TLS context of a place; plain HTTP for https:// without `tls` (CoreDNS)."""
+    if place.scheme not in ("tls", "https"):
+        return None
+    plugin: Any = site.tls_of(place)
+    if plugin is None:
+        return None
+    return _context(plugin.cert, plugin.key, plugin.ca, plugin.client_auth)
+
+
+def _context(cert: str, key: str, ca: str, client_auth: str = "nocert") -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(cert, key)
+        if ca:
+            context.load_verify_locations(ca)
+    except (OSError, ssl.SSLError) as e:
+        raise ConfigError([Problem(cert, 0, f"cannot use certificate and key: {e}")]) from e
+    if client_auth in ("require", "require_and_verify"):
+        context.verify_mode = ssl.CERT_REQUIRED
+    elif client_auth in ("request", "verify_if_given"):
+        context.verify_mode = ssl.CERT_OPTIONAL
+    return context
+
+
+async def _follow_source(
+    spec: KubeSpec | ManifestSpec, pipeline: Pipeline, metrics: Metrics
+) -> None:
+    if isinstance(spec, ManifestSpec):
+        from kdns.source.manifests import ManifestSource
+
+        await ManifestSource(spec, pipeline, metrics).run()
+    else:
+        from kdns.source.kube import KubeSource
+
+        await KubeSource(spec, pipeline, metrics).run()
+
+
+async def _every(item: Every) -> None:
+    while True:
+        await asyncio.sleep(item.interval)
+        item.tick(time.monotonic())
+
+
+async def _contained(work: Coroutine[Any, Any, None]) -> None:
+    """A bug in one background task must not end the server."""
+    try:
+        await work
+    except asyncio.CancelledError:
+        raise
+    except Exception:
+        log.exception("a bug in kdns in a background task; the server goes on")
+
+
+# --- entry points of the command line -------------------------------------------------------
+
+
+def serve(
+    conf: str | None,
+    *,
+    text: str | None = None,
+    dns_port: int = 53,
+    pidfile: str | None = None,
+    quiet: bool = False,
+) -> int:
+    """Run the DNS server until a signal; return the exit code (0, or 2 for configuration)."""
+    import contextlib
+    import sys
+
+    if pidfile:
+        try:
+            with open(pidfile, "w") as f:
+                f.write(f"{os.getpid()}\n")
+        except OSError as e:
+            print(f"kdns: cannot write {pidfile}: {e.strerror}", file=sys.stderr)
+            return 2
+
+    async def main() -> None:
+        app = App(conf, text=text, dns_port=dns_port, quiet=quiet)
+        loop = asyncio.get_running_loop()
+
+        def started() -> None:
+            loop.add_signal_handler(signal.SIGUSR1, app.reload_soon)
+            loop.add_signal_handler(signal.SIGHUP, app.reload_soon)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, app.stop)
+        await app.run(started)
+
+    try:
+        asyncio.run(main())
+    except* ConfigError as group:
+        for error in group.exceptions:
+            for problem in getattr(error, "problems", ()):
+                print(problem, file=sys.stderr)
+        return 2
+    finally:
+        if pidfile:
+            with contextlib.suppress(OSError):
+                os.unlink(pidfile)
+    return 0
+
+
+def check_corefile(path: str, dns_port: int = 53) -> list[Problem]:
+    """Return everything wrong with a Corefile, grammar and options, errors and warnings."""
+    try:
+        corefile, problems = read_corefile(path, None, dns_port, os.environ)
+        site = build_site(corefile, problems, Metrics())
+    except ConfigError as e:
+        return list(e.problems)
+    return site.warnings
+
+
+def dump(stage: str, conf: str | None, manifests: Sequence[str] = ()) -> Iterator[str]:
+    """Yield the lines of `kdns dump snapshot|zone` for a Corefile's first source, or for
+    manifest files. Raises ConfigError."""
+    if manifests:
+        text = ".:0 {\n kubernetes cluster.local {\n manifests %s\n }\n}\n" % " ".join(
+            f'"{os.path.abspath(m)}"' for m in manifests
+        )
+        corefile, problems = read_corefile(None, text, 0, os.environ)
+    else:
+        corefile, problems = read_corefile(conf, None, 53, os.environ)
+    site = build_site(corefile, problems, Metrics())
+    plugin: Any = next((p for p in site.plugins() if p.word == "kubernetes"), None)
+    if plugin is None:
+        raise ConfigError([Problem(conf or "", 0, "no kubernetes plugin, so nothing to dump")])
+    pipeline = asyncio.run(_listed(plugin.source))
+    if stage == "snapshot":
+        yield from dump_snapshot(pipeline.snapshot)
+        return
+    plugin.publish(pipeline.snapshot, everything(pipeline.snapshot), 0.0)
+    for zone in sorted(plugin.zones):
+        _, records = plugin.transfer_records(zone)
+        for record in records:
+            yield render_rr(record)
+
+
+async def _listed(spec: KubeSpec | ManifestSpec) -> Pipeline:
+    pipeline = Pipeline(Store.of(spec), lambda deps: None)
+    task = asyncio.ensure_future(_follow_source(spec, pipeline, Metrics()))
+    try:
+        async with asyncio.timeout(30):
+            await pipeline.synced.wait()
+    except TimeoutError:
+        raise ConfigError([Problem("", 0, "the registry was not listed in 30 s")]) from None
+    finally:
+        task.cancel()
+    return pipeline
+

@@ -1,0 +1,369 @@
+"""The command line: flags in, exit code out.
+
+Decides which command runs and how its outcome is told to a person or a script; what the
+commands do is app.py's and server/client.py's business, imported when a command needs it so
+that `kdns --help` stays quick. CoreDNS's own single-dash flags work with and without the word
+`serve`, for the stock Deployment passes `-conf /etc/coredns/Corefile` and nothing else.
+
+Exit codes: 0 well; 1 it failed (for `query`: an rcode other than NOERROR, or no answer);
+2 wrong usage or configuration.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from kdns.errors import ConfigError, KdnsError
+
+if TYPE_CHECKING:
+    from kdns.server.client import Exchange, Server
+
+USAGE_ERROR = 2
+DEFAULT_PORT = 53
+DEFAULT_CONF = "Corefile"
+# What CoreDNS serves where there is no Corefile (reference 2.5).
+DEFAULT_COREFILE = ".:{port} {{\n    whoami\n    log\n}}\n"
+STDIN = "stdin"
+
+
+class Commands(click.Group):
+    """A group to which flags without a command mean `serve`, as CoreDNS takes them."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `serve` in front of CoreDNS's flags."""
+        if args and args[0].startswith("-") and args[0] not in ("-h", "-help", "--help"):
+            args = ["serve", *args]
+        elif args[:1] == ["-help"]:
+            args = ["--help"]
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name the nearest command for a word that is none."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            from kdns.corefile import nearest
+
+            known = self.list_commands(ctx)
+            hint = nearest(args[0], known) or f"; the commands are {', '.join(known)}"
+            raise click.UsageError(f"no command '{args[0]}'{hint}", ctx) from None
+
+
+class ServeCommand(click.Command):
+    """A command whose flags are also accepted in the forms of Go's flag package."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read `-p=53` and `-quiet=false`, and stop at the first argument that is no flag."""
+        args = [word for arg in args for word in _go_flag(arg)]
+        rest = super().parse_args(ctx, args)
+        extra = ctx.params.pop("extra", ())
+        if extra:
+            isfile = os.path.exists(extra[0])
+            hint = f"; did you mean '-conf {extra[0]}'?" if isfile else ""
+            raise click.UsageError(f"unexpected argument '{extra[0]}' after the flags{hint}", ctx)
+        return rest
+
+
+def _go_flag(arg: str) -> tuple[str, ...]:
+    name, equals, value = arg.partition("=")
+    if equals and name in ("-p", "--p"):
+        return ("-p", value)
+    if equals and name.lstrip("-") in ("quiet", "version", "plugins") and name.startswith("-"):
+        # strconv.ParseBool's words for false; anything else but true is left to be refused.
+        if value in ("0", "f", "F", "false", "FALSE", "False"):
+            return ()
+        if value in ("1", "t", "T", "true", "TRUE", "True"):
+            return (name,)
+    return (arg,)
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Flags without a command are those of 'serve': kdns -conf /etc/coredns/Corefile",
+)
+def cli() -> None:
+    """A cluster DNS server that takes CoreDNS's place."""
+
+
+PORT = click.IntRange(0, 65535)
+
+
+@cli.command(cls=ServeCommand)
+@click.option(
+    "-conf", "--conf", metavar="FILE", envvar="KDNS_CONF",
+    help="Corefile to load, or 'stdin'.  [default: ./Corefile; without one, whoami on the port]",
+)  # fmt: skip
+@click.option(
+    "-dns.port", "--dns.port", "-p", "dns_port", metavar="N", envvar="KDNS_DNS_PORT",
+    type=PORT, default=DEFAULT_PORT, show_default=True,
+    help="Port of server blocks that name none; 0 picks a free one.",
+)  # fmt: skip
+@click.option(
+    "-pidfile", "--pidfile", metavar="FILE", envvar="KDNS_PIDFILE", help="Write the process ID."
+)
+@click.option(
+    "-quiet", "--quiet", is_flag=True, envvar="KDNS_QUIET", help="Do not print the first lines."
+)
+@click.option("-version", "--version", is_flag=True, help="Print the version and leave.")
+@click.option("-plugins", "--plugins", is_flag=True, help="List the plugins and leave.")
+@click.argument("extra", nargs=-1, type=click.UNPROCESSED, metavar="")
+def serve(
+    conf: str | None,
+    dns_port: int,
+    pidfile: str | None,
+    quiet: bool,
+    version: bool,
+    plugins: bool,
+) -> int:
+    """Run the DNS server; takes CoreDNS's own flags."""
+    if version:
+        return _print_version()
+    if plugins:
+        from kdns.plugins import ORDER
+
+        click.echo("\n".join(sorted(ORDER)))
+        return 0
+    text = None
+    if conf == STDIN:
+        text = sys.stdin.read()
+    elif conf is None and os.path.exists(DEFAULT_CONF):
+        conf = DEFAULT_CONF
+    elif conf is None:
+        text = DEFAULT_COREFILE.format(port=dns_port)
+    from kdns import app
+
+    return app.serve(conf, text=text, dns_port=dns_port, pidfile=pidfile, quiet=quiet)
+
+
+@cli.command()
+def version() -> int:
+    """Print the version, the platform and Python's version."""
+    return _print_version()
+
+
+def _print_version() -> int:
+    from kdns.logs import start_lines
+
+    click.echo("\n".join(start_lines()))
+    return 0
+
+
+@cli.group()
+def corefile() -> None:
+    """Work on Corefiles without serving them."""
+
+
+@corefile.command()
+@click.argument("file", metavar="FILE")
+@click.option(
+    "-dns.port", "--dns.port", "dns_port", metavar="N", envvar="KDNS_DNS_PORT", type=PORT,
+    default=DEFAULT_PORT, show_default=True, help="As for 'serve'.",
+)  # fmt: skip
+def check(file: str, dns_port: int) -> int:
+    """Report every mistake in FILE ('-' is standard input); 2 if it could not be served."""
+    from kdns import app
+
+    problems = app.check_corefile("/dev/stdin" if file == "-" else file, dns_port)
+    for problem in problems:
+        click.echo(str(problem))
+    warnings = sum(problem.warning for problem in problems)
+    errors = len(problems) - warnings
+    parts = [_count(errors, "error")] * bool(errors) + [_count(warnings, "warning")] * bool(
+        warnings
+    )
+    click.echo(f"{file}: {'' if errors else 'ok'}{', ' * (not errors and bool(warnings))}"
+               f"{', '.join(parts)}")  # fmt: skip
+    return USAGE_ERROR if errors else 0
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+@cli.command()
+@click.argument("stage", type=click.Choice(["snapshot", "zone"]))
+@click.option(
+    "-conf", "--conf", metavar="FILE", envvar="KDNS_CONF",
+    help="Read what this Corefile's kubernetes block reads.",
+)  # fmt: skip
+@click.option(
+    "-f", "--manifests", "manifests", metavar="PATH", multiple=True,
+    help="Read manifests from this file or folder; may be repeated.",
+)  # fmt: skip
+def dump(stage: str, conf: str | None, manifests: tuple[str, ...]) -> int:
+    """Print one stage between objects and answers: the registry's objects, or the records."""
+    if conf is None and not manifests:
+        raise click.UsageError("say what to read: -conf FILE or -f PATH")
+    from kdns import app
+
+    for line in app.dump(stage, conf, manifests):
+        click.echo(line)
+    return 0
+
+
+@cli.command()
+@click.argument("name")
+@click.argument("qtype", metavar="[TYPE]", default="")
+@click.option(
+    "--server", metavar="A", envvar="KDNS_QUERY_SERVER",
+    help="Whom to ask.  [default: the first nameserver of /etc/resolv.conf]",
+)  # fmt: skip
+@click.option(
+    "--port", metavar="N", envvar="KDNS_QUERY_PORT", type=click.IntRange(1, 65535),
+    default=DEFAULT_PORT, show_default=True,
+)  # fmt: skip
+@click.option(
+    "--search", metavar="NS", multiple=True, envvar="KDNS_QUERY_SEARCH",
+    help="Complete NAME as a pod of this namespace does; or with this domain. May be repeated.",
+)  # fmt: skip
+@click.option("--tcp", is_flag=True, help="Ask over TCP.")
+@click.option("--short", is_flag=True, help="Print only the answers' values.")
+@click.option(
+    "--timeout", metavar="S", type=click.FloatRange(0, 60, min_open=True), default=2.0,
+    show_default=True, help="Seconds to wait for each of three tries.",
+)  # fmt: skip
+def query(
+    name: str,
+    qtype: str,
+    server: str | None,
+    port: int,
+    search: tuple[str, ...],
+    tcp: bool,
+    short: bool,
+    timeout: float,
+) -> int:
+    """Ask a DNS server for NAME (an IP address: for its name). TYPE is A unless given."""
+    from kdns.dns import types as t
+    from kdns.dns.name import BadName
+    from kdns.dns.reverse import reverse_name
+    from kdns.server import client
+
+    number = t.type_number(qtype or "A")
+    if number is None:
+        raise click.UsageError(f"'{qtype}' is not a record type; write A, SRV, PTR, TYPE65, ...")
+    path = client.search_path(search)
+    if _is_address(name) and (not qtype or number == t.PTR):
+        names, number = [reverse_name(name)], t.PTR
+    else:
+        try:
+            names = client.candidates(name, path)
+        except (BadName, UnicodeEncodeError) as e:
+            raise click.UsageError(f"not a domain name: {e}") from None
+    whom = client.Server(server or client.first_nameserver(), port)
+    tried: list[tuple[bytes, Exchange]] = []
+    if len(names) > 1 and not short:
+        click.echo(f";; search {' '.join(path)} (ndots {client.NDOTS})")
+    for one in client.walk(whom, names, number, tcp=tcp, timeout=timeout):
+        tried.append(one)
+        if len(names) > 1 and not short:
+            click.echo(f";; {_one_line(*one)}")
+    exchange = client.best(tried)[1]
+    for line in _short(exchange) if short else _sections(exchange, whom):
+        click.echo(line)
+    return 0 if exchange.message.rcode == t.NOERROR else 1
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _one_line(name: bytes, exchange: Exchange) -> str:
+    from kdns.dns.name import render_name
+    from kdns.dns.types import rcode_name
+
+    message = exchange.message
+    found = f", {_count(len(message.answer), 'record')}" if not message.rcode else ""
+    return f"{render_name(name)} -> {rcode_name(message.rcode)}{found}"
+
+
+def _short(exchange: Exchange) -> list[str]:
+    from kdns.dns.text import render_rdata
+
+    return [render_rdata(rr.type, rr.rdata) for rr in exchange.message.answer]
+
+
+def _sections(exchange: Exchange, server: Server) -> list[str]:
+    """Return the answer's lines, in the manner of dig."""
+    from kdns.dns import message as m
+    from kdns.dns import types as t
+    from kdns.dns.name import render_name
+    from kdns.dns.text import render_rr
+
+    message = exchange.message
+    flags = (("qr", m.QR), ("aa", m.AA), ("tc", m.TC), ("rd", m.RD), ("ra", m.RA), ("ad", m.AD),
+             ("cd", m.CD))  # fmt: skip
+    shown = " ".join(word for word, bit in flags if message.flags & bit)
+    lines = [f";; status: {t.rcode_name(message.rcode)}, flags: {shown}, id: {message.id}"]
+    if message.edns is not None:
+        do = " do" if message.edns.do else ""
+        lines.append(f";; EDNS: version {message.edns.version},{do} udp size {message.edns.size}")
+    if message.question is not None:
+        name, qtype, qclass = message.question
+        lines += [
+            ";; QUESTION",
+            f";{render_name(name)} {t.class_name(qclass)} {t.type_name(qtype)}",
+        ]
+    for title, records in (
+        ("ANSWER", message.answer),
+        ("AUTHORITY", message.authority),
+        ("ADDITIONAL", message.additional),
+    ):
+        if records:
+            lines += [f";; {title}", *(render_rr(rr) for rr in records)]
+    lines.append(
+        f";; {exchange.seconds * 1000:.1f} ms, from {server} over {exchange.proto},"
+        f" {exchange.size} octets"
+    )
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command line and leave with its exit code."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Run a command line and return its exit code; what goes wrong is said on stderr."""
+    try:
+        result: Any = cli.main(argv, prog_name="kdns", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.NoArgsIsHelpError as e:
+        click.echo(e.format_message())
+        return 0 if not argv else USAGE_ERROR
+    except click.UsageError as e:
+        where = e.ctx.command_path if e.ctx is not None else "kdns"
+        return _complain(f"{e.format_message()} (see '{where} --help')", USAGE_ERROR)
+    except click.ClickException as e:
+        return _complain(e.format_message(), USAGE_ERROR)
+    except ConfigError as e:
+        for problem in e.problems:
+            _complain(str(problem), USAGE_ERROR)
+        return USAGE_ERROR
+    except KdnsError as e:
+        return _complain(str(e), 1)
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; Python must not find out again while it leaves.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, UnicodeDecodeError) as e:
+        return _complain(str(e), 1)
+
+
+def _complain(text: str, code: int) -> int:
+    click.echo(f"kdns: {text}", err=True)
+    return code

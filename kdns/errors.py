@@ -1,0 +1,84 @@
+"""Every error kdns raises on purpose, by whose fault it is (docs/DESIGN.md 1.4).
+
+Anything else that is raised is a bug of ours: the query gets SERVFAIL, the
+trace is logged, the server lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class KdnsError(Exception):
+    """Base of all errors that are not bugs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong in an operator's file.
+
+    file, line -- where (line counts from 1; 0 where the whole file is meant).
+    text       -- what is wrong and what would be right, in one line.
+    warning    -- True when kdns goes on all the same.
+    """
+
+    file: str
+    line: int
+    text: str
+    warning: bool = False
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{where}: {'warning: ' if self.warning else ''}{self.text}"
+
+
+class ConfigError(KdnsError):
+    """The operator's fault: all problems of one configuration at once.
+
+    At start kdns prints them and leaves with 2; a reload is refused and the old
+    configuration stays.
+    """
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(p) for p in self.problems))
+
+
+class WireError(KdnsError):
+    """A peer's malformed message. rcode is what to answer; None means drop it."""
+
+    def __init__(self, rcode: int | None, text: str) -> None:
+        self.rcode = rcode
+        super().__init__(text)
+
+
+class ObjectError(KdnsError):
+    """One Kubernetes object that cannot be used; the rest is kept."""
+
+    def __init__(self, kind: str, key: str, field: str, text: str) -> None:
+        self.kind, self.key, self.field = kind, key, field
+        super().__init__(f"{kind} {key}: {field}: {text}" if field else f"{kind} {key}: {text}")
+
+
+class SourceError(KdnsError):
+    """The API server's fault; the source retries and kdns keeps serving."""
+
+
+class Expired(SourceError):
+    """410: the resourceVersion is no longer held; list again."""
+
+
+class Denied(SourceError):
+    """401 or 403: credentials or RBAC. Retried with back-off."""
+
+
+class Unreachable(SourceError):
+    """Anything that may pass: refused, timed out, 429, 5xx, a cut stream.
+
+    retry_after -- seconds the server asked for, or None.
+    """
+
+    def __init__(self, text: str, retry_after: float | None = None) -> None:
+        self.retry_after = retry_after
+        super().__init__(text)

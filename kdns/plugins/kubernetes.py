@@ -1,0 +1,656 @@
+"""The `kubernetes` plugin: answers a cluster's names from the registry (reference section 1).
+
+Decides zone, query type and rcode. Which name stands for what is zone/cluster.py's, what a
+Service's records are is zone/records.py's, where objects come from is source/'s.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Hashable, Iterator, Sequence
+from struct import pack
+from typing import Any
+
+from kdns.corefile import Directive, Option
+from kdns.dns import types as t
+from kdns.dns.message import AA, FOREVER, RR, TC, Query, Reply
+from kdns.dns.name import ROOT, is_subdomain, labels_of
+from kdns.dns.reverse import IN_ADDR, IP6_ARPA, address_of
+from kdns.plugins.plugin import Ask, Feed, Outcome, Plugin, Work
+from kdns.plugins.setup import Setup
+from kdns.registry.selectors import BadSelector, parse_selector
+from kdns.registry.snapshot import Changes, Snapshot
+from kdns.registry.spec import KubeSpec, ManifestSpec
+from kdns.zone import cluster as c
+from kdns.zone.cluster import ClusterOptions, ClusterRecords, join
+from kdns.zone.records import SVC, ServiceRecords, transfer_records
+
+MAX_CNAMES = 10  # CoreDNS maxCnameChainLength
+VERSION_TTL = 28800  # fixed by CoreDNS, not the `ttl` option (reference 1.8)
+SCHEMA_VERSION = b"1.1.0"  # DNS spec 2.2
+NS_DNS = b"\x02ns\x03dns"
+HOSTMASTER = b"\x0ahostmaster"
+DEFAULT_TTL = 5
+
+Dep = Hashable
+
+
+class Kubernetes(Plugin):
+    """Answers for its zones; passes everything else on."""
+
+    word = "kubernetes"
+
+    def __init__(
+        self,
+        zones: Sequence[bytes],
+        options: ClusterOptions,
+        source: KubeSpec | ManifestSpec,
+        *,
+        fallthrough: tuple[bytes, ...] | None = None,
+        startup_timeout: float = 5.0,
+        local_addresses: tuple[bytes, ...] = (),
+        host_search: tuple[bytes, ...] = (),
+    ) -> None:
+        self.zones = frozenset(zones)
+        self.primary = primary_zone(zones)
+        self.options = options
+        self.source = source
+        self.fallthrough = fallthrough
+        self.startup_timeout = startup_timeout
+        self.local_addresses = local_addresses
+        self.host_search = host_search
+        self.records = ClusterRecords(options)
+        self._strict = options.strict
+        self._ttl = options.ttl
+        self._reverse = frozenset(
+            z for z in zones if z.endswith(IN_ADDR) or z.endswith(IP6_ARPA)
+        )
+        self._soa: dict[bytes, RR] = {}
+        self._soa_serial = -1
+        # Reverse zones share the cluster's records, so one id serves all deps.
+        self._id = id(self)
+        self._soa_dep: Dep = (self._id, "soa")
+
+    # --- what app.py does for it --------------------------------------------------------
+
+    def work(self) -> Sequence[Work]:
+        return (Feed(self.source, self.publish),)
+
+    def publish(
+        self, snapshot: Snapshot, changes: Changes, now: float
+    ) -> Sequence[Dep] | None:
+        """Take over a snapshot; return the deps of answers that may be different now."""
+        was_synced = self.records.synced
+        deps = self.records.update(snapshot, changes)
+        if snapshot.synced != was_synced:
+            return None
+        return [(self._id, dep) for dep in deps]
+
+    def not_ready(self) -> str:
+        return "" if self.records.synced else "waiting for the registry to be listed once"
+
+    # --- answering ----------------------------------------------------------------------
+
+    def on_query(self, query: Query) -> Outcome:
+        key = query.key
+        zones = self.zones
+        labels: list[bytes] = []
+        at = 0
+        while key[at:] not in zones:
+            size = key[at]
+            if size == 0:
+                return None
+            labels.append(key[at + 1 : at + 1 + size])
+            at += size + 1
+        zone = query.name[at:]  # in the case it was typed
+        qtype = query.qtype
+        if qtype == t.AXFR or qtype == t.IXFR:
+            return Reply(t.REFUSED, flags=0)
+        if not labels:
+            return self._apex(query, zone)
+        if qtype == t.SOA and not self._strict:
+            # CoreDNS answers NODATA for the SOA of any name (reference 1.2).
+            return self._negative(zone, t.NOERROR, ())
+        if qtype == t.PTR or zone.lower() in self._reverse:
+            return self._reverse_name(query, zone, labels)
+        return self._forward_name(query, zone, labels)
+
+    def _forward_name(self, query: Query, zone: bytes, labels: list[bytes]) -> Outcome:
+        qtype = query.qtype
+        if len(labels) == 1 and labels[0] == b"dns-version":
+            return self._dns_version(query, zone)
+        if len(labels) == 2 and labels[0] == b"ns" and labels[1] == b"dns":
+            return self._default_ns(query, zone)
+        found, deps = self.records.lookup(labels)
+        if isinstance(found, c.Node):
+            if qtype == t.A or qtype == t.AAAA:
+                name = query.name
+                answer = [rr.owned_by(name) for rr in found.addresses(qtype)]
+                return self._positive(answer, [], deps, zone)
+            if qtype == t.SRV:
+                answer, extra = found.services(zone)
+                return self._positive(
+                    [rr.owned_by(query.name) for rr in answer], extra, deps, zone
+                )
+            return self._negative(zone, t.NOERROR, deps)
+        if isinstance(found, c.External):
+            return self._external(query, zone, found.records, deps)
+        if found is c.EMPTY and (qtype != t.TXT or self._strict):
+            return self._negative(zone, t.NOERROR, deps)
+        # TXT at a name without records is NXDOMAIN in CoreDNS (#5736, reference 1.2).
+        return self._missing(query, zone, deps)
+
+    def _positive(
+        self, answer: list[RR], additional: list[RR], deps: tuple[Dep, ...], zone: bytes
+    ) -> Reply:
+        if not answer:
+            return self._negative(zone, t.NOERROR, deps)
+        reply = Reply(t.NOERROR, answer, None, list(additional), served_by="kubernetes")
+        self._keep(reply, deps)
+        return reply
+
+    def _keep(self, reply: Reply, deps: tuple[Dep, ...]) -> None:
+        if self.records.synced:
+            reply.keep = FOREVER
+            own = self._id
+            reply.deps = tuple([(own, dep) for dep in deps])
+
+    def _negative(self, zone: bytes, rcode: int, deps: tuple[Dep, ...]) -> Reply:
+        reply = Reply(rcode, None, [self._soa_record(zone)], served_by="kubernetes")
+        if self.records.synced:
+            reply.keep = FOREVER
+            own = self._id
+            reply.deps = (self._soa_dep, *[(own, dep) for dep in deps])
+        return reply
+
+    def _missing(self, query: Query, zone: bytes, deps: tuple[Dep, ...]) -> Outcome:
+        if not self.records.synced:
+            # DESIGN 1.3 point 6: never deny what was not listed yet, never leak it upstream.
+            return self._negative(zone, t.SERVFAIL, ())
+        if self._falls_through(query.key):
+            return None
+        return self._negative(zone, t.NXDOMAIN, deps)
+
+    def _falls_through(self, key: bytes) -> bool:
+        zones = self.fallthrough
+        return zones is not None and any(is_subdomain(key, zone) for zone in zones)
+
+    def _soa_record(self, zone: bytes) -> RR:
+        serial = self.records.serial
+        if serial != self._soa_serial:
+            self._soa.clear()
+            self._soa_serial = serial
+        soa = self._soa.get(zone)
+        if soa is None:
+            # DNS names in any case: the cache is bounded so that 0x20 cannot fill memory.
+            if len(self._soa) > 256:
+                self._soa.clear()
+            rdata = (
+                NS_DNS + zone + HOSTMASTER + zone
+                + pack("!LLLLL", serial & 0xFFFFFFFF, 7200, 1800, 86400, self._ttl)
+            )  # fmt: skip
+            soa = self._soa[zone] = RR(zone, t.SOA, min(self._ttl, 300), rdata)
+        return soa
+
+    def _apex(self, query: Query, zone: bytes) -> Outcome:
+        qtype = query.qtype
+        if qtype == t.SOA:
+            reply = Reply(t.NOERROR, [self._soa_record(zone)], served_by="kubernetes")
+            if self.records.synced:
+                reply.keep = FOREVER
+                reply.deps = (self._soa_dep,)
+            return reply
+        if qtype == t.NS and (query.name == query.key or self._strict):
+            # An apex typed in mixed case gets NODATA from CoreDNS (reference 1.2).
+            names, glue = self._ns_records(zone, self._ttl)
+            if names:
+                return Reply(t.NOERROR, names, None, glue, served_by="kubernetes")
+        if qtype == t.TXT and not self._strict:
+            return self._missing(query, zone, ())
+        return self._negative(zone, t.NOERROR, ())
+
+    def _dns_version(self, query: Query, zone: bytes) -> Outcome:
+        if query.qtype == t.TXT:
+            rdata = bytes((len(SCHEMA_VERSION),)) + SCHEMA_VERSION
+            reply = Reply(
+                t.NOERROR, [RR(query.name, t.TXT, VERSION_TTL, rdata)], served_by="kubernetes"
+            )
+            reply.keep = FOREVER
+            return reply
+        if self._strict:
+            return self._negative(zone, t.NOERROR, ())
+        return self._missing(query, zone, ())
+
+    # --- the zone's own name server (reference 1.10) ------------------------------------
+
+    def _server_names(self, zone: bytes) -> list[tuple[bytes, bytes]]:
+        """Return (name, packed address) of this server as the cluster sees it."""
+        out: list[tuple[bytes, bytes]] = []
+        for records in self.records.services_of(self.local_addresses):
+            if records.headless:
+                out += [(join(i.target, zone), i.packed) for i in records.endpoints]
+            else:
+                owner = join((records.name, records.namespace, SVC), zone)
+                out += [(owner, packed) for packed in records.addresses]
+        if not out:
+            out = [(NS_DNS + zone, packed) for packed in self.local_addresses]
+        return list(dict.fromkeys(out))
+
+    def _ns_records(self, zone: bytes, glue_ttl: int) -> tuple[list[RR], list[RR]]:
+        servers = self._server_names(zone)
+        names = list(dict.fromkeys(name for name, _ in servers))
+        return (
+            [RR(zone, t.NS, self._ttl, name) for name in names],
+            [
+                RR(name, t.A if len(packed) == 4 else t.AAAA, glue_ttl, packed)
+                for name, packed in servers
+            ],
+        )
+
+    def _default_ns(self, query: Query, zone: bytes) -> Outcome:
+        qtype = query.qtype
+        if qtype == t.TXT and not self._strict:
+            return self._missing(query, zone, ())
+        if qtype == t.A or qtype == t.AAAA:
+            size = 4 if qtype == t.A else 16
+            answer = [
+                RR(query.name, qtype, self._ttl, packed)
+                for _, packed in self._server_names(zone)
+                if len(packed) == size
+            ]
+            if answer:
+                return Reply(t.NOERROR, answer, served_by="kubernetes")
+        return self._negative(zone, t.NOERROR, ())
+
+    # --- ExternalName (reference 1.5) ---------------------------------------------------
+
+    def _external(
+        self, query: Query, zone: bytes, records: ServiceRecords, deps: tuple[Dep, ...]
+    ) -> Outcome:
+        target = records.cname
+        assert target is not None
+        if query.qtype == t.CNAME:
+            answer = [RR(query.name, t.CNAME, self._ttl, target)]
+            return self._positive(answer, [], deps, zone)
+        if query.qtype != t.A and query.qtype != t.AAAA and not self._strict:
+            return self._negative(zone, t.NOERROR, deps)
+        return self._follow(query, zone, query.name, target, [], deps)
+
+    def _follow(
+        self,
+        query: Query,
+        zone: bytes,
+        owner: bytes,
+        target: bytes,
+        chain: list[RR],
+        deps: tuple[Dep, ...],
+    ) -> Outcome:
+        """Add owner -> target to the chain and go after the target."""
+        zone_key = zone.lower()
+        for _ in range(MAX_CNAMES + 1):
+            link = RR(owner, t.CNAME, self._ttl, target)
+            key = target.lower()
+            if key == owner.lower() or any(
+                r.rdata.lower() == key and r.name.lower() == owner.lower() for r in chain
+            ):
+                return self._negative(zone, t.NOERROR, deps)
+            chain = [*chain, link]
+            if not is_subdomain(key, zone_key):
+                return self._ask_outside(query, chain, target)
+            labels = labels_of(key)[: -len(labels_of(zone_key)) or None]
+            found, more = self.records.lookup(labels)
+            deps = (*deps, *more)
+            if isinstance(found, c.Node):
+                answer = [rr.owned_by(target) for rr in self._of_type(found, query.qtype, zone)]
+                if not answer and not self._strict:
+                    return self._negative(zone, t.NOERROR, deps)
+                return self._positive([*chain, *answer], [], deps, zone)
+            if not isinstance(found, c.External):
+                if self._strict:  # RFC 1034 s3.6.2: the CNAME itself is an answer
+                    return self._positive(chain, [], deps, zone)
+                return self._negative(zone, t.NOERROR, deps)
+            owner, target = target, found.target
+        return self._negative(zone, t.NOERROR, deps)
+
+    def _of_type(self, node: c.Node, qtype: int, zone: bytes) -> list[RR]:
+        if qtype == t.A or qtype == t.AAAA:
+            return node.addresses(qtype)
+        return node.services(zone)[0] if qtype == t.SRV else []
+
+    def _ask_outside(self, query: Query, chain: list[RR], target: bytes) -> Outcome:
+        def then(reply: Reply | None) -> Outcome:
+            answer = reply.answer if reply is not None else []
+            truncated = reply.flags & TC if reply is not None else 0
+            # The target's rcode is lost: NOERROR with the CNAME alone (reference 1.5).
+            return Reply(
+                t.NOERROR, [*chain, *answer], flags=AA | truncated, served_by="kubernetes"
+            )
+
+        return Ask(query.asking(target), then)
+
+    # --- reverse names (reference 1.7) --------------------------------------------------
+
+    def _reverse_name(self, query: Query, zone: bytes, labels: list[bytes]) -> Outcome:
+        zone_key = zone.lower()
+        if zone_key not in self._reverse:
+            # PTR on a forward name: does the name exist?
+            return self._forward_name(query, zone, labels)
+        text = address_of(query.key)
+        packed = c.parse_ip(text) if text is not None else None
+        if packed is None:
+            if self._strict and self.records.has_reverse_below(query.key):
+                return self._negative(zone, t.NOERROR, ())
+            return self._missing(query, zone, ())
+        deps: tuple[Dep, ...] = (packed,)
+        pointers = self.records.pointers(packed)
+        if query.qtype != t.PTR:
+            if self._strict and pointers:
+                return self._negative(zone, t.NOERROR, deps)
+            return self._missing(query, zone, deps)
+        if not pointers:
+            return self._missing(query, zone, deps)
+        answer = [
+            RR(query.name, t.PTR, self._ttl, join(target, self.primary)) for target in pointers
+        ]
+        return self._positive(answer, [], deps, zone)
+
+    # --- for other plugins --------------------------------------------------------------
+
+    def autopath_search(self, client: str, key: bytes) -> list[bytes] | None:
+        """Return the search list of the Pod at `client` for a question `key`, ending in the
+        empty element; None if there is no such Pod or the name is not ours (1.13)."""
+        zone = next((z for z in _suffixes(key) if z in self.zones), None)
+        pod = self.records.pod_at(client)
+        if zone is None or pod is None:
+            return None
+        namespace = pod.metadata.namespace.encode()
+        svc = b"\x03svc" + zone
+        return [
+            bytes((len(namespace),)) + namespace + svc, svc, zone, *self.host_search, ROOT
+        ]  # fmt: skip
+
+    def transfer_records(self, zone: bytes) -> tuple[int, Iterator[RR]] | None:
+        """Return (serial, all records of a zone with its SOA first and last), or None if the
+        zone is not ours or not listed yet (reference 1.14)."""
+        if zone not in self.zones or not self.records.synced:
+            return None
+        return self.records.serial, self._transfer(zone)
+
+    def _transfer(self, zone: bytes) -> Iterator[RR]:
+        soa = self._soa_record(zone)
+        yield soa
+        names, glue = self._ns_records(zone, 0)
+        yield from names
+        yield from glue
+        if zone not in self._reverse:
+            for records in self.records.services():
+                yield from transfer_records(records, zone)
+        yield soa
+
+
+def _suffixes(key: bytes) -> Iterator[bytes]:
+    at = 0
+    while key[at]:
+        yield key[at:]
+        at += key[at] + 1
+    yield ROOT
+
+
+def primary_zone(zones: Sequence[bytes]) -> bytes:
+    """Return the zone that PTR targets lie in: the first that is no reverse zone (1.7)."""
+    return next((z for z in zones if not c.is_reverse_zone(z)), zones[0])
+
+
+# --- setup ---------------------------------------------------------------------------------
+
+_GONE = {
+    "upstream": "ExternalName targets are resolved by this server itself; delete the line",
+    "resyncperiod": "kdns never needs to list again on a timer; delete the line",
+}
+
+
+def setup(directives: Sequence[Directive], cx: Setup) -> list[Plugin]:
+    """Build the plugin of a `kubernetes [ZONES...] { ... }` directive."""
+    directive = cx.once(directives)
+    zones = list(dict.fromkeys(cx.zones(directive.args)))
+    if not zones:
+        return []
+    if all(c.is_reverse_zone(z) for z in zones):
+        cx.problems.error(
+            directive.word,
+            "non-reverse zone name must be used: name the cluster's zone too, as in"
+            " 'kubernetes cluster.local in-addr.arpa ip6.arpa'",
+        )
+        return []
+    reader = _Reader(directive, cx)
+    for option in directive.options or ():
+        read = getattr(reader, "read_" + option.name, None)
+        if option.name in _GONE:
+            cx.problems.warn(option.word, f"'{option.name}' is gone: {_GONE[option.name]}")
+        elif read is None:
+            cx.unknown_option(option, _Reader.known())
+        else:
+            read(option)
+    source = reader.source()
+    if source is None:
+        return []
+    return [
+        Kubernetes(
+            zones,
+            ClusterOptions(**reader.answers),
+            source,
+            fallthrough=reader.fallthrough,
+            startup_timeout=reader.startup_timeout,
+            local_addresses=cx.facts.local_addresses,
+            host_search=cx.facts.host_search,
+        )
+    ]
+
+
+class _Reader:
+    """Reads the options; one method an option."""
+
+    def __init__(self, directive: Directive, cx: Setup) -> None:
+        self.directive = directive
+        self.cx = cx
+        self.answers: dict[str, Any] = {"ttl": DEFAULT_TTL}
+        self.api: dict[str, Any] = {}
+        self.manifests: dict[str, Any] = {}
+        self.fallthrough: tuple[bytes, ...] | None = None
+        self.startup_timeout = 5.0
+        self.seen: dict[str, Option] = {}
+
+    @classmethod
+    def known(cls) -> list[str]:
+        return [name[5:] for name in dir(cls) if name.startswith("read_")]
+
+    def source(self) -> KubeSpec | ManifestSpec | None:
+        """Return where objects come from; report options that contradict each other."""
+        cx, seen = self.cx, self.seen
+        if "namespaces" in seen and "namespace_labels" in seen:
+            cx.problems.error(
+                seen["namespace_labels"].word,
+                "namespaces and namespace_labels cannot both be set",
+            )
+        if "zonal" in seen and "noendpoints" in seen:
+            cx.problems.error(
+                seen["zonal"].word, "zonal requires the endpoints; remove noendpoints"
+            )
+        if not self.manifests.get("paths"):
+            for name in ("service_cidr", "pod_cidr"):
+                if name in seen:
+                    cx.problems.error(seen[name].word, f"'{name}' needs 'manifests PATH...'")
+            return KubeSpec(
+                **self.api,
+                want_endpoints=self.answers.get("endpoints", True),
+                want_pods=self.answers.get("pods") == "verified",
+            )
+        for name in ("endpoint", "tls", "kubeconfig"):
+            if name in seen:
+                cx.problems.error(
+                    seen[name].word,
+                    f"'{name}' names an API server, 'manifests' replaces one; keep one of them",
+                )
+        return ManifestSpec(**self.manifests)
+
+    def read_ttl(self, option: Option) -> None:
+        if self.cx.arg_count(option, 1, 1):
+            self.answers["ttl"] = self.cx.integer(option.args[0], 0, 3600, "ttl")
+
+    def read_pods(self, option: Option) -> None:
+        if not self.cx.arg_count(option, 1, 1):
+            return
+        mode = option.args[0].text
+        if mode not in ("disabled", "verified", "insecure"):
+            self.cx.problems.error(
+                option.args[0],
+                f"wrong value for pods: {mode}, must be one of: disabled, verified, insecure",
+            )
+            return
+        self.answers["pods"] = mode
+
+    def read_endpoint_pod_names(self, option: Option) -> None:
+        if self.cx.no_args(option):
+            self.answers["endpoint_pod_names"] = True
+
+    def read_noendpoints(self, option: Option) -> None:
+        self.seen["noendpoints"] = option
+        if self.cx.no_args(option):
+            self.answers["endpoints"] = False
+
+    def read_ignore(self, option: Option) -> None:
+        if not self.cx.arg_count(option, 1, 1):
+            return
+        if option.args[0].text != "empty_service":
+            self.cx.problems.error(
+                option.args[0],
+                f"unable to parse ignore value: '{option.args[0]}'; use 'ignore empty_service'",
+            )
+            return
+        self.answers["ignore_empty_service"] = True
+
+    def read_namespaces(self, option: Option) -> None:
+        self.seen["namespaces"] = option
+        if self.cx.arg_count(option, 1):
+            old = self.answers.get("namespaces", frozenset())
+            self.answers["namespaces"] = old | {a.text for a in option.args}
+
+    def read_namespace_labels(self, option: Option) -> None:
+        self.seen["namespace_labels"] = option
+        if not self.cx.arg_count(option, 1):
+            return
+        try:
+            self.answers["namespace_selector"] = parse_selector(
+                " ".join(a.text for a in option.args)
+            )
+        except BadSelector as e:
+            self.cx.problems.error(option.args[0], f"unable to parse namespace_labels: {e}")
+
+    def read_labels(self, option: Option) -> None:
+        if not self.cx.arg_count(option, 1):
+            return
+        text = " ".join(a.text for a in option.args)
+        try:
+            parse_selector(text)
+        except BadSelector as e:
+            self.cx.problems.error(option.args[0], f"unable to parse labels: {e}")
+            return
+        self.api["label_selector"] = text
+        self.manifests["label_selector"] = text
+
+    def read_fallthrough(self, option: Option) -> None:
+        self.fallthrough = self.cx.zones(option.args) if option.args else (ROOT,)
+
+    def read_zonal(self, option: Option) -> None:
+        self.seen["zonal"] = option
+        if self.cx.no_args(option):
+            self.answers["zonal"] = True
+
+    def read_spec(self, option: Option) -> None:
+        """`spec strict`: the DNS specification 1.1.0 where CoreDNS differs from it."""
+        if not self.cx.arg_count(option, 1, 1):
+            return
+        if option.args[0].text not in ("strict", "coredns"):
+            self.cx.problems.error(
+                option.args[0], f"'spec' takes strict or coredns, found '{option.args[0]}'"
+            )
+            return
+        self.answers["strict"] = option.args[0].text == "strict"
+
+    def read_startup_timeout(self, option: Option) -> None:
+        if self.cx.arg_count(option, 1, 1):
+            self.startup_timeout = self.cx.duration(option.args[0])
+
+    def read_endpoint(self, option: Option) -> None:
+        self.seen["endpoint"] = option
+        if not self.cx.arg_count(option, 1):
+            return
+        if len(option.args) > 1:
+            self.cx.problems.warn(
+                option.args[1], f"only the first endpoint, '{option.args[0]}', is used"
+            )
+        self.api["endpoint"] = option.args[0].text
+
+    def read_tls(self, option: Option) -> None:
+        self.seen["tls"] = option
+        if self.cx.arg_count(option, 3, 3):
+            cert, key, ca = (self.cx.path(a.text) for a in option.args)
+            self.api["tls"] = (cert, key, ca)
+
+    def read_kubeconfig(self, option: Option) -> None:
+        self.seen["kubeconfig"] = option
+        if self.cx.arg_count(option, 1, 2):
+            self.api["kubeconfig"] = self.cx.path(option.args[0].text)
+            if len(option.args) == 2:
+                self.api["context"] = option.args[1].text
+
+    def read_apiserver_qps(self, option: Option) -> None:
+        self._unneeded(option)
+
+    def read_apiserver_burst(self, option: Option) -> None:
+        self._unneeded(option)
+
+    def read_apiserver_max_inflight(self, option: Option) -> None:
+        self._unneeded(option)
+
+    def _unneeded(self, option: Option) -> None:
+        """kdns makes one list and one watch request a kind; there is no rate to limit."""
+        if self.cx.arg_count(option, 1, 1):
+            try:
+                if float(option.args[0].text) < 0:
+                    raise ValueError
+            except ValueError:
+                self.cx.problems.error(
+                    option.args[0], f"invalid {option.name} '{option.args[0]}': must be >= 0"
+                )
+
+    def read_multicluster(self, option: Option) -> None:
+        self.cx.problems.error(
+            option.word,
+            "multicluster (ServiceImport) is not in kdns; serve those zones with CoreDNS through"
+            " a forward block",
+        )
+
+    def read_manifests(self, option: Option) -> None:
+        """`manifests PATH...`: files or folders in place of a cluster."""
+        if self.cx.arg_count(option, 1):
+            old = self.manifests.get("paths", ())
+            self.manifests["paths"] = (*old, *[self.cx.path(a.text) for a in option.args])
+
+    def read_service_cidr(self, option: Option) -> None:
+        self._cidr(option)
+
+    def read_pod_cidr(self, option: Option) -> None:
+        self._cidr(option)
+
+    def _cidr(self, option: Option) -> None:
+        self.seen[option.name] = option
+        if not self.cx.arg_count(option, 1, 1):
+            return
+        try:
+            ipaddress.ip_network(option.args[0].text)
+        except ValueError as e:
+            self.cx.problems.error(option.args[0], f"'{option.name}' takes a CIDR: {e}")
+            return
+        self.manifests[option.name] = option.args[0].text
+

@@ -1,0 +1,317 @@
+"""`log`: one line for each query, in CoreDNS's format.
+
+Decides which queries are logged and what a line says. A line is the message alone, without
+the `plugin/log:` that other plugins' lines start with; level and destination are the
+logger's. Queries answered from the packet cache are logged through Reply.on_repeat: what
+the reply fixes is rendered once, what differs from asker to asker is filled in each time.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+
+from kdns.corefile import Directive, Token, nearest
+from kdns.dns import types as t
+from kdns.dns.message import (
+    AA,
+    AD,
+    CD,
+    CLEAR_RD,
+    OPCODE,
+    RA,
+    RD,
+    SET_RD,
+    TC,
+    Query,
+    Reply,
+    reply_size,
+)
+from kdns.dns.name import ROOT, is_subdomain, render_name
+from kdns.plugins.plugin import Plugin
+from kdns.plugins.setup import Setup
+
+COMMON = (
+    '{remote}:{port} - {>id} "{type} {class} {name} {proto} {size} {>do} {>bufsize}"'
+    " {rcode} {>rflags} {rsize} {duration}"
+)
+COMBINED = COMMON + ' "{>opcode}"'
+EMPTY = "-"
+
+SUCCESS, DENIAL, ERROR, ALL = "success", "denial", "error", "all"
+CLASSES = (SUCCESS, DENIAL, ERROR, ALL)
+
+NOTIFY = t.NOTIFY << 11
+
+
+def response_type(query: Query, reply: Reply | None) -> str:
+    """Return CoreDNS's name for the kind of answer; None is no answer at all.
+
+    It also knows expired signatures as an error; nothing here looks into RRSIGs.
+    """
+    if reply is None:
+        return "OTHERERROR"
+    if query.flags & OPCODE == NOTIFY or query.qtype in (t.AXFR, t.IXFR):
+        return "META"
+    rcode = reply.rcode
+    if reply.answer:
+        if rcode == t.NOERROR:
+            return "NOERROR"
+        if rcode == t.NXDOMAIN:
+            return "OTHERERROR"
+    if rcode == t.NXDOMAIN:
+        return "NXDOMAIN"
+    if rcode in (t.SERVFAIL, t.NOTIMP):
+        return "SERVERERROR"
+    if rcode != t.NOERROR:
+        return "OTHERERROR"
+    held = {rr.type for rr in reply.authority}
+    if t.SOA in held:
+        return "NODATA"
+    return "DELEGATION" if t.NS in held else "NOERROR"
+
+
+RESPONSE_CLASS = {
+    "NOERROR": SUCCESS,
+    "DELEGATION": SUCCESS,
+    "NXDOMAIN": DENIAL,
+    "NODATA": DENIAL,
+}  # all else is an error
+
+
+# --- what a placeholder shows -------------------------------------------------------------
+
+_FLAG_NAMES = ((AA, "aa"), (TC, "tc"), (RD, "rd"), (RA, "ra"), (AD, "ad"), (CD, "cd"))
+
+
+def _rflags(query: Query, reply: Reply | None) -> str:
+    if reply is None:
+        return EMPTY
+    flags = (reply.flags & (AA | TC | RA | AD)) | (query.flags & (RD | CD))
+    if reply.flags & (SET_RD | CLEAR_RD):
+        flags = flags | RD if reply.flags & SET_RD else flags & ~RD
+    names = _FLAGS_SEEN.get(flags)
+    if names is None:
+        names = ",".join(["qr", *(name for bit, name in _FLAG_NAMES if flags & bit)])
+        _FLAGS_SEEN[flags] = names
+    return names
+
+
+_FLAGS_SEEN: dict[int, str] = {}  # six bits, so 64 at most
+
+
+def _rcode(query: Query, reply: Reply | None) -> str:
+    if reply is None:
+        return EMPTY
+    return t.RCODE_NAMES.get(reply.rcode) or str(reply.rcode)
+
+
+# Fixed by question and reply. `size` and `rsize` are octets without compression.
+FIXED: dict[str, Callable[[Query, Reply | None], str]] = {
+    "{type}": lambda q, r: t.type_name(q.qtype),
+    "{class}": lambda q, r: t.class_name(q.qclass),
+    "{name}": lambda q, r: render_name(q.key),
+    "{proto}": lambda q, r: "udp" if q.proto == "udp" else "tcp",
+    "{size}": lambda q, r: str(q.size),
+    "{rcode}": _rcode,
+    "{rsize}": lambda q, r: "0" if r is None else str(reply_size(q, r)),
+    "{>rflags}": _rflags,
+    "{>opcode}": lambda q, r: str((q.flags & OPCODE) >> 11),
+    "{>do}": lambda q, r: "true" if q.do else "false",
+    "{>bufsize}": lambda q, r: str(q.limit),
+    "{/log/type}": response_type,
+    "{/log/class}": lambda q, r: RESPONSE_CLASS.get(response_type(q, r), ERROR),
+}
+
+Client = tuple[str, int]
+
+
+def _remote(client: Client, qid: int, seconds: float) -> str:
+    host = client[0]
+    return f"[{host}]" if ":" in host else host
+
+
+def _duration(client: Client, qid: int, seconds: float) -> str:
+    """Nanoseconds are what a clock resolves; Go prints them without trailing zeros."""
+    text = f"{seconds:.9f}".rstrip("0")
+    return (text[:-1] if text[-1] == "." else text) + "s"
+
+
+# Another one for each time the reply is sent.
+VARYING: dict[str, Callable[[Client, int, float], str]] = {
+    "{remote}": _remote,
+    "{port}": lambda client, qid, seconds: str(client[1]),
+    "{>id}": lambda client, qid, seconds: str(qid),
+    "{duration}": _duration,
+}
+
+
+def _metadata(label: str) -> Callable[[Query, Reply | None], str]:
+    def show(query: Query, reply: Reply | None) -> str:
+        meta = query.meta
+        return EMPTY if meta is None else str(meta.get(label, EMPTY))
+
+    return show
+
+
+class Format:
+    """A log format, taken apart once.
+
+    _parts   -- text between placeholders, functions of (query, reply), and None where a
+                varying value goes
+    _varying -- functions of (client, id, seconds) for these, in order
+    """
+
+    def __init__(self, text: str, local: str) -> None:
+        text = text.replace("{common}", COMMON).replace("{combined}", COMBINED)
+        self._parts: list[str | Callable[[Query, Reply | None], str] | None] = []
+        self._varying: list[Callable[[Client, int, float], str]] = []
+        self.unknown: list[str] = []
+        for piece in re.split(r"(\{[^{}]*\})", text):
+            if not piece:
+                continue
+            if piece in VARYING:
+                self._parts.append(None)
+                self._varying.append(VARYING[piece])
+            elif piece in FIXED:
+                self._parts.append(FIXED[piece])
+            elif piece.startswith("{/") and piece.endswith("}"):
+                self._parts.append(_metadata(piece[2:-1]))
+            elif piece == "{local}":
+                self._parts.append(local.replace("%", "%%"))
+            else:
+                if piece[0] == "{" and piece[-1] == "}":
+                    self.unknown.append(piece)
+                self._parts.append(piece.replace("%", "%%"))
+
+    def template(self, query: Query, reply: Reply | None) -> str:
+        """Return the line with `%s` in place of what varies."""
+        return "".join([
+            "%s" if part is None
+            else part if isinstance(part, str)
+            else part(query, reply).replace("%", "%%")
+            for part in self._parts
+        ])  # fmt: skip
+
+    def fill(self, template: str, client: Client, qid: int, seconds: float) -> str:
+        """Return the finished line."""
+        return template % tuple([show(client, qid, seconds) for show in self._varying])
+
+
+class Rule:
+    """Which names and classes of answers are logged, and how. classes None: all."""
+
+    __slots__ = ("classes", "format", "scope")
+
+    def __init__(self, scope: bytes, format: Format, classes: frozenset[str] | None) -> None:
+        self.scope = scope
+        self.format = format
+        self.classes = classes
+
+
+class Log(Plugin):
+    """The first rule whose scope holds the name decides, even if it then logs nothing."""
+
+    word = "log"
+
+    def __init__(
+        self, log: logging.Logger, clock: Callable[[], float], rules: Sequence[Rule]
+    ) -> None:
+        self._info = log.info
+        self._clock = clock
+        self._rules = tuple(rules)
+
+    def on_reply(self, query: Query, reply: Reply) -> Reply:
+        rule = self._rule(query, reply)
+        if rule is None:
+            return reply
+        form = rule.format
+        template = form.template(query, reply)
+        info = self._info
+        info(form.fill(template, query.client, query.id, self._clock() - query.received))
+        if reply.keep:
+
+            def repeat(client: Client, qid: int, seconds: float) -> None:
+                info(form.fill(template, client, qid, seconds))
+
+            if reply.on_repeat is None:
+                reply.on_repeat = []
+            reply.on_repeat.append(repeat)
+        return reply
+
+    def on_drop(self, query: Query) -> None:
+        rule = self._rule(query, None)
+        if rule is not None:
+            form = rule.format
+            seconds = self._clock() - query.received
+            self._info(form.fill(form.template(query, None), query.client, query.id, seconds))
+
+    def _rule(self, query: Query, reply: Reply | None) -> Rule | None:
+        for rule in self._rules:
+            if is_subdomain(query.key, rule.scope):
+                classes = rule.classes
+                if classes is None:
+                    return rule
+                found = RESPONSE_CLASS.get(response_type(query, reply), ERROR)
+                return rule if found in classes else None
+        return None
+
+
+# --- the Corefile -------------------------------------------------------------------------
+
+
+def setup(directives: list[Directive], cx: Setup) -> list[Plugin]:
+    """`log [NAMES...] [FORMAT] { class success|denial|error|all... }`, any number of times"""
+    rules: list[Rule] = []
+    for directive in directives:
+        names, text = _split_args(directive.args, cx)
+        form = Format(text, _local(cx))
+        for unknown in form.unknown:
+            cx.problems.warn(
+                directive.word,
+                f"'{unknown}' is no placeholder and is printed as it stands"
+                + nearest(unknown, [*FIXED, *VARYING, "{local}", "{common}", "{combined}"]),
+            )
+        classes = _classes(directive, cx)
+        scopes = [zone for name in names for zone in cx.zone(name)] if names else [ROOT]
+        rules += [Rule(scope, form, classes) for scope in scopes]
+    return [Log(cx.log, cx.clock, rules)]
+
+
+def _split_args(args: tuple[Token, ...], cx: Setup) -> tuple[tuple[Token, ...], str]:
+    """Return the names and the format; only what follows a name can be a format."""
+    if args and "{" in args[-1].text:
+        if len(args) == 1:
+            cx.problems.error(
+                args[0], f"a format stands after a name: write log . '{args[0]}' in double quotes"
+            )
+        return args[:-1], args[-1].text
+    return args, COMMON
+
+
+def _local(cx: Setup) -> str:
+    """Return the server's address: the one it is bound to, else the wildcard, which is what
+    CoreDNS sees of a UDP query."""
+    host = cx.facts.label.partition("://")[2].rpartition(":")[0]
+    return host or "[::]"
+
+
+def _classes(directive: Directive, cx: Setup) -> frozenset[str] | None:
+    found: set[str] = set()
+    for option in directive.options or ():
+        if option.name != "class":
+            cx.unknown_option(option, ("class",))
+            continue
+        if not cx.arg_count(option, 1):
+            continue
+        for token in option.args:
+            if token.text in CLASSES:
+                found.add(token.text)
+            else:
+                cx.problems.error(
+                    token,
+                    f"invalid class: {token}"
+                    + (nearest(token.text, CLASSES) or f" (known: {', '.join(CLASSES)})"),
+                )
+    return frozenset(found) if found and ALL not in found else None

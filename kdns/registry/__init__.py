@@ -1,0 +1,1 @@
+"""The registry: Kubernetes objects decoded, kept and published as snapshots. Pure."""

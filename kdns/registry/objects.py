@@ -1,0 +1,127 @@
+"""Kubernetes objects, with only the fields that kdns reads (docs/DESIGN.md 1.3 point 4).
+
+Unknown fields are skipped while decoding, so an object costs what it is read for.
+Names are Kubernetes' own in camelCase on the wire, snake_case here.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, TypeAlias
+
+import msgspec
+
+
+class _Part(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """Common settings of all structs below."""
+
+
+class OwnerReference(_Part):
+    kind: str = ""
+    name: str = ""
+    uid: str = ""
+
+
+class Meta(_Part):
+    name: str = ""
+    namespace: str = ""
+    uid: str = ""
+    resource_version: str = ""
+    labels: dict[str, str] | None = None
+    annotations: dict[str, str] | None = None
+    deletion_timestamp: str | None = None
+
+
+class ServicePort(_Part):
+    port: int = 0
+    name: str = ""
+    protocol: str = "TCP"
+    target_port: int | str | None = None
+    node_port: int = 0
+    app_protocol: str = ""
+
+
+class ServiceSpec(_Part):
+    type: str = "ClusterIP"
+    cluster_ip: str = msgspec.field(default="", name="clusterIP")
+    cluster_ips: list[str] | None = msgspec.field(default=None, name="clusterIPs")
+    external_name: str = ""
+    ports: list[ServicePort] | None = None
+    selector: dict[str, str] | None = None
+    ip_families: list[str] | None = None
+    publish_not_ready_addresses: bool = False
+    external_ips: list[str] | None = msgspec.field(default=None, name="externalIPs")
+
+
+class Service(_Part):
+    metadata: Meta
+    spec: ServiceSpec = ServiceSpec()
+
+
+class Conditions(_Part):
+    ready: bool | None = None
+    serving: bool | None = None
+    terminating: bool | None = None
+
+
+class TargetRef(_Part):
+    kind: str = ""
+    name: str = ""
+    namespace: str = ""
+
+
+class SliceEndpoint(_Part):
+    addresses: list[str] = []
+    conditions: Conditions = Conditions()
+    hostname: str | None = None
+    node_name: str | None = None
+    target_ref: TargetRef | None = None
+    topology_zone: str | None = msgspec.field(default=None, name="zone")
+
+
+class SlicePort(_Part):
+    name: str | None = None
+    port: int | None = None
+    protocol: str | None = None
+
+
+class EndpointSlice(_Part):
+    metadata: Meta
+    address_type: str = "IPv4"
+    endpoints: list[SliceEndpoint] | None = None
+    ports: list[SlicePort] | None = None
+
+
+class Namespace(_Part):
+    metadata: Meta
+
+
+class PodIP(_Part):
+    ip: str = ""
+
+
+class PodStatus(_Part):
+    phase: str = ""
+    pod_ip: str = msgspec.field(default="", name="podIP")
+    pod_ips: list[PodIP] | None = msgspec.field(default=None, name="podIPs")
+
+
+class Pod(_Part):
+    metadata: Meta
+    status: PodStatus = PodStatus()
+
+
+SERVICE_NAME_LABEL = "kubernetes.io/service-name"  # KEP-752: slice -> service
+
+# Kinds the registry holds, by Kubernetes' own words.
+Kind: TypeAlias = Literal["Service", "EndpointSlice", "Namespace", "Pod"]
+Object: TypeAlias = Service | EndpointSlice | Namespace | Pod
+Key: TypeAlias = tuple[str, str]  # namespace ("" for a Namespace), name
+
+SERVICE: Final = "Service"
+ENDPOINT_SLICE: Final = "EndpointSlice"
+NAMESPACE: Final = "Namespace"
+POD: Final = "Pod"
+
+
+def key_of(obj: Object) -> Key:
+    return obj.metadata.namespace, obj.metadata.name

@@ -1,0 +1,62 @@
+"""Where a registry comes from, as plain values: what a directive says, what a source obeys.
+
+No I/O here, so that plugins/ can build them; source/ carries them out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdns.registry.objects import ENDPOINT_SLICE, NAMESPACE, POD, SERVICE, Kind
+
+
+@dataclass(frozen=True, slots=True)
+class KubeSpec:
+    """A Kubernetes API server.
+
+    endpoint       -- URL; empty: as `kubeconfig` says, or the cluster this process runs in
+    tls            -- (certificate file, key file, CA file) for `endpoint`; empty ones unused
+    kubeconfig     -- file; context: which of its contexts, empty: the current one
+    label_selector -- for Services, EndpointSlices and Pods (reference 1.12 `labels`)
+    namespace_label_selector -- for Namespaces (`namespace_labels`)
+    """
+
+    endpoint: str = ""
+    tls: tuple[str, str, str] | None = None
+    kubeconfig: str = ""
+    context: str = ""
+    label_selector: str = ""
+    namespace_label_selector: str = ""
+    want_endpoints: bool = True
+    want_pods: bool = False
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """What is watched (reference 1.11: synced once each was listed)."""
+        kinds: tuple[Kind, ...] = (SERVICE, NAMESPACE)
+        if self.want_endpoints:
+            kinds += (ENDPOINT_SLICE,)
+        return (*kinds, POD) if self.want_pods else kinds
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestSpec:
+    """Files and folders of manifests, in place of a cluster.
+
+    service_cidr, pod_cidr -- where addresses come from that no manifest gives; the `_v6`
+                              ones serve Services that ask for IPv6
+    interval               -- seconds between two looks at the files
+    label_selector         -- as in KubeSpec
+    """
+
+    paths: tuple[str, ...]
+    service_cidr: str = "10.96.0.0/12"
+    pod_cidr: str = "10.244.0.0/16"
+    service_cidr_v6: str = "fd00:10:96::/112"
+    pod_cidr_v6: str = "fd00:10:244::/64"
+    interval: float = 1.0
+    label_selector: str = ""
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return (SERVICE, NAMESPACE, ENDPOINT_SLICE, POD)

@@ -1,0 +1,196 @@
+"""HTTP: health, readiness, metrics, and DNS over HTTPS (RFC 8484), on aiohttp.
+
+Decides addresses and lifetimes. What is said under a path is its plugin's HttpRoute; what is
+answered to a DoH question is the chain's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import logging
+import ssl
+import time
+from typing import TYPE_CHECKING
+
+from kdns.dns import types as t
+from kdns.dns.message import Reply, parse_query, render_header_error, render_reply
+from kdns.errors import WireError
+from kdns.metrics import Metrics
+from kdns.plugins.plugin import Drop, HttpRoute
+from kdns.server.exchange import Exchange
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+log = logging.getLogger("kdns")
+
+DNS_MESSAGE = "application/dns-message"  # RFC 8484 s6
+MAX_DOH = 65535
+SHUTDOWN = 0.5  # seconds that open requests get when the server stops
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return (host, port) of "host:port", ":port" or "[::1]:port"; host "" is every address."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+class HttpServer:
+    """One listening address with any number of paths; paths may be replaced while it runs."""
+
+    def __init__(self, address: str, context: ssl.SSLContext | None = None) -> None:
+        self.address = address
+        self.port = 0
+        self.routes: dict[str, HttpRoute] = {}
+        self._context = context
+        self._runner: web.ServerRunner | None = None
+
+    async def start(self) -> None:
+        """Listen. Raises OSError where the address cannot be had."""
+        from aiohttp import web
+
+        host, port = split_address(self.address)
+        self._runner = web.ServerRunner(web.Server(self._handle))
+        await self._runner.setup()
+        site = web.TCPSite(
+            self._runner,
+            host or None,
+            port,
+            ssl_context=self._context,
+            reuse_address=True,
+            shutdown_timeout=SHUTDOWN,
+        )
+        try:
+            await site.start()
+        except BaseException:
+            await self._runner.cleanup()
+            raise
+        self.port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        """Close the listener and its connections."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        from aiohttp import web
+
+        route = self.routes.get(request.path)
+        if route is None:
+            known = ", ".join(sorted(self.routes))
+            return web.Response(status=404, text=f"not found; there is {known}\n")
+        if request.method not in ("GET", "HEAD"):
+            return web.Response(status=405, text="only GET\n")
+        status, content_type, body = route.handle(dict(request.headers))
+        return web.Response(status=status, body=body, headers={"Content-Type": content_type})
+
+
+class DohServer:
+    """DNS over HTTPS on one address. Path /dns-query, as CoreDNS."""
+
+    def __init__(
+        self, host: str, port: int, context: ssl.SSLContext | None, exchange: Exchange,
+        metrics: Metrics, label: str,
+    ) -> None:  # fmt: skip
+        self.exchange = exchange
+        self.port = port
+        self._host = host
+        self._context = context
+        self._runner: web.ServerRunner | None = None
+        self._count = metrics.counter(
+            "coredns_dns_https_responses_total",
+            "Counter of DoH responses per server and http status code.",
+            ("server", "status"),
+        )
+        self._label = label
+
+    async def start(self) -> None:
+        """Listen. Raises OSError where the address cannot be had."""
+        from aiohttp import web
+
+        self._runner = web.ServerRunner(web.Server(self._handle))
+        await self._runner.setup()
+        site = web.TCPSite(
+            self._runner, self._host or None, self.port, ssl_context=self._context,
+            reuse_address=True, shutdown_timeout=SHUTDOWN,
+        )  # fmt: skip
+        try:
+            await site.start()
+        except BaseException:
+            await self._runner.cleanup()
+            raise
+        self.port = self._runner.addresses[0][1]
+
+    async def stop(self) -> None:
+        """Close the listener and its connections."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        response = await self._answer(request)
+        self._count.labels(self._label, str(response.status)).add()
+        return response
+
+    async def _answer(self, request: web.BaseRequest) -> web.Response:
+        from aiohttp import web
+
+        if request.path != "/dns-query":
+            return web.Response(status=404, text="not found; ask under /dns-query\n")
+        try:
+            wire = await self._read(request)
+        except ValueError as e:
+            return web.Response(status=400, text=f"{e}\n")
+        if wire is None:
+            return web.Response(status=405, text="only GET with ?dns= and POST\n")
+        peer = request.transport.get_extra_info("peername") if request.transport else None
+        client = (str(peer[0]), int(peer[1])) if peer else ("", 0)
+        try:
+            query = parse_query(wire, client, "https", time.monotonic())
+        except WireError as e:
+            if e.rcode is None:
+                return web.Response(status=400, text=f"{e}\n")
+            return web.Response(
+                body=render_header_error(wire, e.rcode), content_type=DNS_MESSAGE
+            )
+        future: asyncio.Future[Reply | Drop] = asyncio.get_running_loop().create_future()
+
+        def done(reply: Reply | Drop) -> None:
+            if not future.done():
+                future.set_result(reply)
+
+        result = self.exchange.answer(query, done)
+        outcome = result if isinstance(result, (Reply, Drop)) else await future
+        if isinstance(outcome, Drop):
+            return web.Response(status=500, text="no answer\n")
+        # RFC 8484 s5.1: freshness no longer than the smallest TTL of the answer.
+        ttls = [rr.ttl for rr in (*outcome.answer, *outcome.authority) if rr.type != t.OPT]
+        return web.Response(
+            body=render_reply(query, outcome),
+            content_type=DNS_MESSAGE,
+            headers={"Cache-Control": f"max-age={min(ttls, default=0)}"},
+        )
+
+    async def _read(self, request: web.BaseRequest) -> bytes | None:
+        """Return the DNS message of a request; raises ValueError where it has none."""
+        if request.method == "GET":
+            text = request.query.get("dns", "")
+            if not text or len(text) > MAX_DOH:
+                raise ValueError("no 'dns' parameter")
+            try:
+                return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+            except (binascii.Error, ValueError):
+                raise ValueError("'dns' is not base64url") from None
+        if request.method == "POST":
+            if request.content_type != DNS_MESSAGE:
+                raise ValueError(f"content type must be {DNS_MESSAGE}")
+            body = await request.content.read(MAX_DOH + 1)
+            while len(body) <= MAX_DOH and not request.content.at_eof():
+                body += await request.content.read(MAX_DOH + 1 - len(body))
+            if len(body) > MAX_DOH:
+                raise ValueError("longer than a DNS message")
+            return body
+        return None

@@ -1,0 +1,175 @@
+"""Ready-made answers: from the octets of a question to the octets of its answer.
+
+Stands before the chain for one listener and address family (docs/DESIGN.md 1.3 point 2).
+Decides only how long a reply may be sent again and forgets it when a zone node it was made
+from changes; that it may be repeated at all, and what must be counted, logged and put in
+another order each time, is said by the Reply itself.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
+
+from kdns.dns.message import FOREVER, Reply
+
+# Bounds of one cache: it has two generations of this many entries and octets each. A typical
+# entry is under 600 octets in memory, so both stay under 20 MB of the stock 170 Mi limit.
+MAX_ENTRIES = 16384
+MAX_OCTETS = 4 << 20
+# How many orders of a shuffled answer are kept; each time round one is made anew, so that
+# over time every order is as likely as if each query had been shuffled for itself.
+ORDERS = 16
+
+
+class Entry:
+    """One answer. wire is all of it behind the ID.
+
+    plain -- nothing to do for a repeat but to count and send
+    """
+
+    __slots__ = (
+        "deps", "expires", "hits", "key", "next", "on_repeat", "orders", "plain", "tally", "wire",
+    )  # fmt: skip
+
+    def __init__(self, key: bytes, wire: bytes, reply: Reply, now: float) -> None:
+        self.key = key
+        self.wire = wire
+        self.hits = 0
+        self.tally = reply.tally
+        self.deps = reply.deps
+        self.expires = FOREVER if reply.keep == FOREVER else now + reply.keep
+        self.on_repeat = reply.on_repeat
+        self.orders: list[bytes] | None = [wire] if reply.shuffled else None
+        self.next = 0
+        self.plain = (
+            self.orders is None and self.on_repeat is None and self.expires == FOREVER
+        )
+
+
+class _Generation:
+    __slots__ = ("by_dep", "entries", "octets")
+
+    def __init__(self) -> None:
+        self.entries: dict[bytes, Entry] = {}
+        self.by_dep: defaultdict[Hashable, list[bytes]] = defaultdict(list)
+        self.octets = 0
+
+
+class PacketCache:
+    """Two generations: entries asked for again move to the young one, the old one is dropped
+    whole when the young one is full. So a flood of new names costs no search for a victim."""
+
+    def __init__(self) -> None:
+        self.young = _Generation()
+        self.old = _Generation()
+        # Seconds and number of repeats since the last settle(), for the duration metric.
+        self.busy = 0.0
+        self.repeats = 0
+        self.total_hits = 0
+
+    def __len__(self) -> int:
+        return len(self.young.entries) + len(self.old.entries)
+
+    def find(self, key: bytes) -> Entry | None:
+        """Return an entry of the old generation, moved to the young one. (The listener
+        looks into the young generation itself.)"""
+        entry = self.old.entries.pop(key, None)
+        if entry is not None:
+            self._insert(entry)
+        return entry
+
+    def repeat(self, entry: Entry, now: float) -> bytes | None:
+        """Return the octets to send again for an entry that is not plain; None if the chain
+        must run (the answer has expired, or it is time for another order)."""
+        if entry.expires <= now:
+            self._forget(entry)
+            return None
+        orders = entry.orders
+        if orders is None:
+            return entry.wire
+        at = entry.next
+        if at >= len(orders):
+            return None
+        entry.next = at + 1
+        return orders[at]
+
+    def keep(self, key: bytes, wire: bytes, reply: Reply, now: float) -> None:
+        """Remember the octets behind the ID of a reply that may be repeated."""
+        entry = self.young.entries.get(key)
+        if entry is not None and entry.orders is not None and reply.shuffled:
+            self._add_order(entry, wire)
+            return
+        self._insert(Entry(key, wire, reply, now))
+
+    def _add_order(self, entry: Entry, wire: bytes) -> None:
+        orders = entry.orders
+        assert orders is not None
+        if len(orders) < ORDERS:
+            orders.append(wire)
+            entry.next = len(orders)
+        else:
+            # A full round is over: replace the oldest and go round again.
+            orders.pop(0)
+            orders.append(wire)
+            entry.next = 0
+
+    def _insert(self, entry: Entry) -> None:
+        young = self.young
+        if len(young.entries) >= MAX_ENTRIES or young.octets >= MAX_OCTETS:
+            self._settle_all(self.old)
+            self.old = young
+            young = self.young = _Generation()
+        old = young.entries.get(entry.key)
+        if old is not None:
+            self._settle(old)
+        young.entries[entry.key] = entry
+        young.octets += len(entry.key) + len(entry.wire)
+        by_dep = young.by_dep
+        for dep in entry.deps:
+            by_dep[dep].append(entry.key)
+
+    def _forget(self, entry: Entry) -> None:
+        self._settle(entry)
+        if self.young.entries.get(entry.key) is entry:
+            del self.young.entries[entry.key]
+
+    def drop(self, deps: Iterable[Hashable]) -> None:
+        """Forget all answers that were made from one of `deps`."""
+        for generation in (self.young, self.old):
+            by_dep, entries = generation.by_dep, generation.entries
+            for dep in deps:
+                for key in by_dep.pop(dep, ()):
+                    entry = entries.get(key)
+                    if entry is not None and dep in entry.deps:
+                        self._settle(entry)
+                        del entries[key]
+
+    def clear(self) -> None:
+        """Forget everything; what was counted is kept."""
+        self.settle()
+        self.young = _Generation()
+        self.old = _Generation()
+
+    def settle(self) -> None:
+        """Add the repeats to the metrics they stand for."""
+        self._settle_all(self.young)
+        self._settle_all(self.old)
+        self.busy = 0.0
+        self.repeats = 0
+
+    def _settle_all(self, generation: _Generation) -> None:
+        for entry in generation.entries.values():
+            if entry.hits:
+                self._settle(entry)
+
+    def _settle(self, entry: Entry) -> None:
+        hits = entry.hits
+        if not hits:
+            return
+        entry.hits = 0
+        self.total_hits += hits
+        mean = self.busy / self.repeats if self.repeats else 0.0
+        for cell, value in entry.tally or ():
+            cell.add(mean if value is None else value, hits)
+

@@ -1,0 +1,207 @@
+"""DNS over TCP and TLS (RFC 7766, RFC 7858): frames in, frames out, bounded in every way.
+
+Decides when a connection has had enough: too slow to ask, too slow to read, idle. Answers
+come from server/exchange.py in any order, as RFC 7766 s7 allows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from kdns.dns.message import RR, Query, Reply, parse_query, render_header_error, render_reply
+from kdns.errors import WireError
+from kdns.metrics import Cell
+from kdns.plugins.plugin import Drop
+from kdns.server.exchange import Exchange
+
+FIRST_QUERY = 3.0  # seconds, as CoreDNS (reference 1.15)
+IDLE = 10.0
+# Connections of one listener. With the buffers below that is at most 200 MB of kernel and
+# own memory under attack, and 30 MB in ordinary use.
+MAX_CONNECTIONS = 1000
+# Questions of one connection under way at a time; more are read when some are answered.
+MAX_PIPELINED = 64
+WRITE_HIGH = 128 << 10  # octets unsent before the connection's questions wait
+
+
+class TcpServer:
+    """What all connections of one listening socket share."""
+
+    def __init__(self, exchange: Exchange, proto: str, rejected: Cell) -> None:
+        self.exchange = exchange
+        self.proto = proto
+        self.connections: set[Connection] = set()
+        self._rejected = rejected
+
+    def protocol(self) -> Connection:
+        """For loop.create_server."""
+        return Connection(self)
+
+    def admit(self, connection: Connection) -> bool:
+        """Return False if the listener has all the connections it can take."""
+        if len(self.connections) >= MAX_CONNECTIONS:
+            self._rejected.add()
+            return False
+        self.connections.add(connection)
+        return True
+
+    def close(self) -> None:
+        """Close all connections at once."""
+        for connection in list(self.connections):
+            connection.abort()
+
+
+class Connection(asyncio.Protocol):
+    """One client."""
+
+    def __init__(self, server: TcpServer) -> None:
+        self._server = server
+        self._buffer = bytearray()
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._pending = 0
+        self._blocked = False  # the peer does not read what we write
+        self._streams: deque[tuple[Query, Reply, Iterator[list[RR]]]] = deque()
+        self._last = 0.0
+        self._eof = False
+        self._peer: tuple[str, int] = ("", 0)
+
+    # --- asyncio.Protocol -----------------------------------------------------------------
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        if not self._server.admit(self):
+            transport.abort()
+            return
+        self._peer = transport.get_extra_info("peername")[:2]
+        transport.set_write_buffer_limits(high=WRITE_HIGH)
+        self._last = self._loop.time()
+        self._timer = self._loop.call_later(FIRST_QUERY, self._check_idle, FIRST_QUERY)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        self._read_frames()
+
+    def eof_received(self) -> bool:
+        self._eof = True
+        self._close_if_done()
+        # Answers to what was asked still go out; TLS has no half-closed connections.
+        return self._server.proto == "tcp"
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.connections.discard(self)
+        self._transport = None
+        self._buffer.clear()
+        self._streams.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def pause_writing(self) -> None:
+        self._blocked = True
+        self._update_reading()
+
+    def resume_writing(self) -> None:
+        self._blocked = False
+        self._last = self._loop.time()
+        self._write_streams()
+        self._update_reading()
+        self._read_frames()
+
+    # --- questions ------------------------------------------------------------------------
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _read_frames(self) -> None:
+        buffer = self._buffer
+        while len(buffer) >= 2 and not self._blocked and self._pending < MAX_PIPELINED:
+            size = buffer[0] << 8 | buffer[1]
+            if len(buffer) < size + 2:
+                break
+            wire = bytes(buffer[2 : size + 2])
+            del buffer[: size + 2]
+            self._ask(wire)
+            if self._transport is None:
+                return
+        self._update_reading()
+        self._close_if_done()
+
+    def _ask(self, wire: bytes) -> None:
+        now = self._loop.time()
+        self._last = now
+        try:
+            query = parse_query(wire, self._peer, self._server.proto, now)
+        except WireError as e:
+            if e.rcode is None:
+                self.abort()
+            else:
+                self._write(render_header_error(wire, e.rcode))
+            return
+        self._pending += 1
+
+        def done(reply: Reply | Drop) -> None:
+            self._pending -= 1
+            self._last = self._loop.time()
+            if self._transport is None:
+                return
+            if isinstance(reply, Reply):
+                self._write(render_reply(query, reply))
+                if reply.stream is not None:
+                    self._streams.append((query, reply, iter(reply.stream)))
+                    self._write_streams()
+            self._read_frames()
+
+        result = self._server.exchange.answer(query, done)
+        if isinstance(result, (Reply, Drop)):
+            self._pending -= 1
+            if isinstance(result, Reply):
+                self._write(render_reply(query, result))
+                if result.stream is not None:
+                    self._streams.append((query, result, iter(result.stream)))
+                    self._write_streams()
+
+    # --- answers --------------------------------------------------------------------------
+
+    def _write(self, wire: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(len(wire).to_bytes(2, "big") + wire)
+
+    def _write_streams(self) -> None:
+        """Write zone transfers for as long as the peer reads (RFC 5936 s2.2: many messages)."""
+        while self._streams and not self._blocked and self._transport is not None:
+            query, first, batches = self._streams[0]
+            batch = next(batches, None)
+            if batch is None:
+                self._streams.popleft()
+                continue
+            more = Reply(first.rcode, batch, flags=first.flags)
+            more.edns = first.edns
+            self._write(render_reply(query, more))
+        self._close_if_done()
+
+    def _update_reading(self) -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        if self._blocked or self._pending >= MAX_PIPELINED:
+            transport.pause_reading()
+        else:
+            transport.resume_reading()
+
+    def _close_if_done(self) -> None:
+        if self._eof and not self._pending and not self._streams and self._transport is not None:
+            self._transport.close()
+
+    def _check_idle(self, allowed: float) -> None:
+        """Close a connection that asked nothing, or read nothing, for `allowed` seconds."""
+        left = self._last + allowed - self._loop.time()
+        if left > 0 or (self._pending and not self._blocked):
+            self._timer = self._loop.call_later(max(left, 0.5), self._check_idle, IDLE)
+        elif self._transport is not None:
+            self._transport.abort() if self._blocked else self._transport.close()
+            self._timer = self._loop.call_later(1.0, self.abort)

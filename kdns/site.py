@@ -1,0 +1,193 @@
+"""A Corefile made into plugins and places to listen at; nothing is opened yet.
+
+Decides which plugins stand behind which place. Grammar is corefile.py's, options are the
+plugins', sockets and tasks are app.py's.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import os
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kdns.corefile import Corefile, Key, Problems, ServerBlock, Token, parse_corefile
+from kdns.dns.name import BadName, parse_name
+from kdns.errors import ConfigError, Problem
+from kdns.metrics import Metrics
+from kdns.plugins import NOT_HERE, ORDER
+from kdns.plugins.chain import Chain, Router
+from kdns.plugins.plugin import Plugin, ServerFacts
+from kdns.plugins.setup import Setup
+from kdns.server.addresses import local_addresses, resolve_binds
+from kdns.server.listen import Place
+
+# Classes other than IN reach the chains of a listener only with one of these (CoreDNS).
+ANY_CLASS = frozenset(("chaos", "forward"))
+
+
+@dataclass(slots=True)
+class Block:
+    """One server block with its plugins."""
+
+    keys: tuple[Key, ...]
+    addresses: tuple[str, ...]
+    plugins: list[Plugin]
+    chain: Chain
+    facts: ServerFacts
+
+    def find(self, word: str) -> Plugin | None:
+        """Return the first plugin of a word."""
+        return next((p for p in self.plugins if p.word == word), None)
+
+
+@dataclass(slots=True)
+class Site:
+    """Everything one Corefile asks for."""
+
+    corefile: Corefile
+    blocks: list[Block]
+    routers: dict[Place, Router]
+    warnings: list[Problem] = field(default_factory=list)
+
+    def plugins(self) -> list[Plugin]:
+        return [p for block in self.blocks for p in block.plugins]
+
+    def tls_of(self, place: Place) -> Plugin | None:
+        """Return the `tls` plugin of the blocks at a place."""
+        for block in self.blocks:
+            if any(p == place for p in places_of(block)):
+                found = block.find("tls")
+                if found is not None:
+                    return found
+        return None
+
+
+def read_corefile(
+    path: str | None, text: str | None, default_port: int, environ: Mapping[str, str]
+) -> tuple[Corefile, Problems]:
+    """Return the parsed Corefile and all that is wrong with its grammar.
+
+    Raises ConfigError where the file itself cannot be read.
+    """
+    if text is None:
+        assert path is not None
+        try:
+            with open(path, encoding="utf-8", errors="replace") as f:
+                text = f.read()
+        except OSError as e:
+            raise ConfigError([Problem(path, 0, e.strerror or str(e))]) from None
+
+    def read(name: str) -> str:
+        with open(name, encoding="utf-8", errors="replace") as f:
+            return f.read()
+
+    return parse_corefile(
+        text,
+        file=path or "Corefile",
+        read=read,
+        expand=lambda pattern: sorted(glob.glob(pattern)),
+        environ=environ,
+        default_port=default_port,
+        words=ORDER,
+        unsupported=NOT_HERE,
+    )
+
+
+def build_site(
+    corefile: Corefile, problems: Problems, metrics: Metrics, host_search: tuple[bytes, ...] = ()
+) -> Site:
+    """Return the site. Raises ConfigError with everything that is wrong at once."""
+    blocks = [_build_block(block, problems, metrics, host_search) for block in corefile.blocks]
+    routers = _routers(blocks, problems, metrics)
+    if problems.errors:
+        raise ConfigError(problems.found)
+    return Site(corefile, blocks, routers, list(problems.found))
+
+
+def _build_block(
+    block: ServerBlock, problems: Problems, metrics: Metrics, host_search: tuple[bytes, ...]
+) -> Block:
+    key = block.keys[0]
+    facts = ServerFacts(
+        zones=tuple(dict.fromkeys(k.zone for k in block.keys)),
+        label=f"{key.scheme}://:{key.port}",
+        root=os.getcwd(),
+        scheme=key.scheme,
+        port=key.port,
+        host_search=host_search,
+    )
+    if not any(d.name == "bind" for d in block.directives):
+        facts.local_addresses = tuple(a.packed for a in local_addresses() if not a.loopback)
+    cx = Setup(problems, facts, metrics, time.monotonic, random.Random(os.urandom(16)))
+    plugins: list[Plugin] = []
+    for word, module in ORDER.items():
+        mine = [d for d in block.directives if d.name == word]
+        if mine:
+            plugins += importlib.import_module(f"kdns.plugins.{module}").setup(mine, cx)
+    addresses = _addresses(block, plugins, problems)
+    return Block(block.keys, addresses, plugins, Chain(plugins), facts)
+
+
+def _addresses(block: ServerBlock, plugins: list[Plugin], problems: Problems) -> tuple[str, ...]:
+    binds = [p for p in plugins if p.word == "bind"]
+    if not binds:
+        return ("",)
+    out: list[str] = []
+    for bind in binds:
+        found = resolve_binds(bind.addresses, bind.excepted)  # type: ignore[attr-defined]
+        if isinstance(found, str):
+            at = next(d.word for d in block.directives if d.name == "bind")
+            problems.error(at, found)
+        else:
+            out += found
+    return tuple(dict.fromkeys(out))
+
+
+def places_of(block: Block) -> list[Place]:
+    """Return where a block's keys listen."""
+    return list(
+        dict.fromkeys(
+            Place(key.scheme, address, key.port)
+            for key in block.keys
+            for address in block.addresses
+        )
+    )
+
+
+def _routers(
+    blocks: list[Block], problems: Problems, metrics: Metrics
+) -> dict[Place, Router]:
+    chains: dict[Place, dict[bytes, tuple[Chain, Token]]] = {}
+    any_class: set[Place] = set()
+    watched: dict[Place, Block] = {}
+    for block in blocks:
+        for place in places_of(block):
+            if any(p.word in ANY_CLASS for p in block.plugins):
+                any_class.add(place)
+            if block.find("prometheus") is not None:
+                watched.setdefault(place, block)
+        for key in block.keys:
+            for address in block.addresses:
+                place = Place(key.scheme, address, key.port)
+                try:
+                    zone = parse_name(key.zone).lower()
+                except BadName as e:
+                    problems.error(key.token, f"zone is not a valid domain name: {e}")
+                    continue
+                table = chains.setdefault(place, {})
+                if zone in table:
+                    first = table[zone][1]
+                    problems.error(
+                        key.token,
+                        f"cannot serve {key.scheme}://{key.zone}:{key.port} - it is already"
+                        f" defined in {first.file}:{first.line}",
+                    )
+                table[zone] = (block.chain, key.token)
+    return {
+        place: Router({zone: chain for zone, (chain, _) in table.items()}, place in any_class)
+        for place, table in chains.items()
+    }

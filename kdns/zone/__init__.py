@@ -1,0 +1,1 @@
+"""Records: what a Service or a zone file becomes, and how a name is looked up. Pure."""

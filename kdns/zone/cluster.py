@@ -1,0 +1,384 @@
+"""The cluster's zones: which name stands for what (reference 1.1), kept up to date by key.
+
+Decides whether a name exists and which ServiceRecords stand behind it; what those hold is
+zone/records.py's. One ClusterRecords serves all zones of a `kubernetes` directive, forward
+and reverse. It is changed only by update(), between queries.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from kdns.dns.name import name_of
+from kdns.dns.reverse import IN_ADDR, IP6_ARPA, reverse_name
+from kdns.registry.objects import Namespace, Pod
+from kdns.registry.selectors import Selector
+from kdns.registry.snapshot import Changes, Snapshot
+from kdns.zone.records import SVC, Item, Node, ServiceRecords, compile_service
+
+POD = b"pod"
+Dep: TypeAlias = Hashable
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterOptions:
+    """The options of the `kubernetes` directive that shape answers (reference 1.12).
+
+    pods               -- "disabled", "insecure" or "verified"
+    namespaces         -- names exposed; empty: all
+    namespace_selector -- label selector namespaces must match, or None
+    strict             -- DNS specification 1.1.0 and RFCs instead of CoreDNS's habits (1.17)
+    """
+
+    ttl: int = 5
+    pods: str = "disabled"
+    endpoint_pod_names: bool = False
+    endpoints: bool = True
+    ignore_empty_service: bool = False
+    namespaces: frozenset[str] = frozenset()
+    namespace_selector: Selector | None = None
+    zonal: bool = False
+    strict: bool = False
+
+
+class Missing:
+    """The name does not exist: NXDOMAIN, or fallthrough."""
+
+
+class Empty:
+    """The name exists and holds nothing: an empty non-terminal."""
+
+
+MISSING = Missing()
+EMPTY = Empty()
+
+
+class External:
+    """An ExternalName Service; target is a wire name."""
+
+    __slots__ = ("records", "target")
+
+    def __init__(self, records: ServiceRecords, target: bytes) -> None:
+        self.records = records
+        self.target = target
+
+
+# deps: what the finding depends on, for the packet cache.
+Found: TypeAlias = tuple[Missing | Empty | Node | External, tuple[Dep, ...]]
+
+
+class ClusterRecords:
+    """Everything a `kubernetes` directive can answer, compiled from the registry."""
+
+    def __init__(self, options: ClusterOptions) -> None:
+        self.options = options
+        self.synced = False
+        self.serial = 0
+        self.revision = 0
+        self._namespaces: dict[bytes, bool] = {}  # lower-case name -> exposed
+        self._services: dict[bytes, dict[bytes, ServiceRecords]] = {}
+        self._by_address: dict[bytes, dict[tuple[bytes, bytes], tuple[bytes, ...] | None]] = {}
+        self._pods: dict[str, dict[tuple[str, str], Pod]] = {}
+        self._pod_ip: dict[tuple[str, str], str] = {}
+        self._suffixes: dict[bytes, int] = {}  # strict only: reverse empty non-terminals
+
+    # --- compiling --------------------------------------------------------------------
+
+    def update(self, snapshot: Snapshot, changes: Changes) -> list[Dep]:
+        """Take over a snapshot, recompiling only what changed; return the deps of answers
+        that may be different now. Incremental equals from scratch (property test)."""
+        deps: list[Dep] = []
+        if snapshot.synced != self.synced:
+            self.synced = snapshot.synced
+        if snapshot.changed_at != self.serial:
+            self.serial = snapshot.changed_at
+            deps.append("soa")
+        self.revision = snapshot.revision
+        for name in changes.namespaces:
+            deps.append(self._update_namespace(name, snapshot.namespaces.get(name)))
+        for namespace, name in changes.services:
+            deps += self._update_service(snapshot, namespace, name)
+        if self.options.pods == "verified":
+            for key in changes.pods:
+                deps += self._update_pod(key, snapshot.pods.get(key[0], {}).get(key[1]))
+        return deps
+
+    def _update_namespace(self, name: str, namespace: Namespace | None) -> Dep:
+        key = name.lower().encode()
+        if namespace is None:
+            self._namespaces.pop(key, None)
+        else:
+            self._namespaces[key] = self._is_exposed(name, namespace)
+        return (key,)
+
+    def _is_exposed(self, name: str, namespace: Namespace) -> bool:
+        options = self.options
+        if options.namespaces and name not in options.namespaces:
+            return False
+        selector = options.namespace_selector
+        return selector is None or selector.matches(namespace.metadata.labels or {})
+
+    def _update_service(self, snapshot: Snapshot, namespace: str, name: str) -> list[Dep]:
+        ns_key, key = namespace.lower().encode(), name.lower().encode()
+        deps: list[Dep] = [(ns_key, key)]
+        old = self._services.get(ns_key, {}).get(key)
+        service = snapshot.services.get(namespace, {}).get(name)
+        new = None
+        if service is not None:
+            options = self.options
+            slices = snapshot.slices.get(namespace, {}).get(name, ()) if options.endpoints else ()
+            new = compile_service(
+                service,
+                slices,
+                ttl=options.ttl,
+                pod_names=options.endpoint_pod_names,
+                strict=options.strict,
+            )
+            new.deps = ((ns_key, key), (ns_key,))
+        if old is not None:
+            deps += self._index(old, add=False)
+        if new is not None:
+            self._services.setdefault(ns_key, {})[key] = new
+            deps += self._index(new, add=True)
+        elif old is not None:
+            del self._services[ns_key][key]
+            if not self._services[ns_key]:
+                del self._services[ns_key]
+        return deps
+
+    def _index(self, records: ServiceRecords, add: bool) -> Iterator[Dep]:
+        """Enter or remove a Service's addresses; yield the deps of their PTR answers."""
+        key = (records.namespace, records.name)
+        targets: dict[bytes, tuple[bytes, ...] | None] = {}
+        if not (self.options.strict and not records.headless):
+            # DNS spec 2.3.3/2.4.3: PTR for ClusterIPs and for endpoints of headless
+            # Services; CoreDNS also answers for endpoints of ClusterIP Services.
+            for item in records.endpoints:
+                known = targets.get(item.packed) or ()
+                if item.label not in known:
+                    targets[item.packed] = (*known, item.label)
+        for packed in records.addresses:
+            targets[packed] = None
+        for packed, labels in targets.items():
+            entries = self._by_address.setdefault(packed, {})
+            if add:
+                entries[key] = labels
+            else:
+                entries.pop(key, None)
+                if not entries:
+                    del self._by_address[packed]
+            if self.options.strict:
+                self._count_suffixes(packed, 1 if add else -1)
+            yield packed
+
+    def _count_suffixes(self, packed: bytes, step: int) -> None:
+        name = reverse_name(str(ipaddress.ip_address(packed)))
+        at = name[0] + 1
+        while at < len(name) - 1:
+            suffix = name[at:]
+            count = self._suffixes.get(suffix, 0) + step
+            if count:
+                self._suffixes[suffix] = count
+            else:
+                self._suffixes.pop(suffix, None)
+            at += name[at] + 1
+
+    def _update_pod(self, key: tuple[str, str], pod: Pod | None) -> list[Dep]:
+        deps: list[Dep] = []
+        old = self._pod_ip.pop(key, None)
+        if old is not None:
+            holders = self._pods[old]
+            holders.pop(key, None)
+            if not holders:
+                del self._pods[old]
+            deps.append(("pod", old))
+        # Only the primary podIP is indexed, as CoreDNS does (reference 1.6).
+        ip = pod.status.pod_ip if pod is not None else ""
+        if pod is not None and ip:
+            self._pods.setdefault(ip, {})[key] = pod
+            self._pod_ip[key] = ip
+            deps.append(("pod", ip))
+        return deps
+
+    # --- looking up -------------------------------------------------------------------
+
+    def lookup(self, labels: list[bytes]) -> Found:
+        """Return what the lower-case labels left of a forward zone stand for (1.1)."""
+        n = len(labels)
+        if n == 0:
+            return EMPTY, ()
+        kind = labels[-1]
+        if kind != SVC and kind != POD:
+            if self.options.strict and kind == b"dns" and n == 1:
+                return EMPTY, ()  # RFC 8020: ns.dns exists below it
+            return MISSING, ()
+        if n == 1:
+            return EMPTY, ()
+        namespace = labels[-2]
+        ns_dep: Dep = (namespace,)
+        if not self._namespaces.get(namespace):
+            return MISSING, (ns_dep,)
+        if n > 5 and not self.options.zonal:
+            return MISSING, ()
+        if kind == POD:
+            return self._lookup_pod(labels, namespace, ns_dep)
+        if n == 2:
+            return EMPTY, (ns_dep,)
+        name = labels[-3]
+        records = self._services.get(namespace, {}).get(name)
+        if records is None:
+            return MISSING, ((namespace, name), ns_dep)
+        return self._lookup_service(labels, n, records)
+
+    def _lookup_service(self, labels: list[bytes], n: int, records: ServiceRecords) -> Found:
+        deps = records.deps
+        if (
+            self.options.ignore_empty_service
+            and records.cname is None
+            and not records.headless
+            and not records.endpoints
+        ):
+            return MISSING, deps
+        if n == 3:
+            if records.cname is not None:
+                return External(records, records.cname), deps
+            return records.node() or MISSING, deps
+        if n == 4:
+            if records.cname is None and labels[0]:
+                node = records.node(endpoint=labels[0])
+                if node is not None:
+                    return node, deps
+                if self.options.strict and self._has_protocol(records, labels[0]):
+                    return EMPTY, deps
+            return MISSING, deps
+        if n == 5:
+            if records.cname is not None:
+                return MISSING, deps
+            port, protocol = labels[0], labels[1]
+            if self.options.strict and not (port[:1] == b"_" and protocol[:1] == b"_"):
+                return MISSING, deps
+            return (
+                records.node(port=port.removeprefix(b"_"), protocol=protocol.removeprefix(b"_"))
+                or MISSING
+            ), deps
+        return self._lookup_zonal(labels, records)
+
+    def _lookup_zonal(self, labels: list[bytes], records: ServiceRecords) -> Found:
+        # TOPOZONE.pin|prefer._zone.SVC.NS.svc; the value of a zone label may hold dots.
+        verb = labels[-5]
+        if labels[-4] != b"_zone" or verb not in (b"pin", b"prefer") or not records.headless:
+            return MISSING, records.deps
+        value = b".".join(labels[:-5]).decode("utf-8", "replace")
+        node = records.in_topology_zone(value, verb == b"prefer")
+        return (node if node.items else EMPTY), records.deps
+
+    def _has_protocol(self, records: ServiceRecords, label: bytes) -> bool:
+        """True if `_tcp.SVC` is an empty non-terminal (strict only)."""
+        if label[:1] != b"_":
+            return False
+        return any(i.protocol == label[1:] and i.port_name for i in records.items)
+
+    def _lookup_pod(self, labels: list[bytes], namespace: bytes, ns_dep: Dep) -> Found:
+        mode = self.options.pods
+        if mode == "disabled":
+            return MISSING, (ns_dep,)
+        if len(labels) == 2:
+            return EMPTY, (ns_dep,)
+        if len(labels) > 5:
+            return MISSING, (ns_dep,)
+        label = labels[-3].decode("ascii", "replace")
+        if label.count("-") == 3 and "--" not in label:
+            ip = label.replace("-", ".")
+        else:
+            ip = label.replace("-", ":")
+        if mode == "verified":
+            deps: tuple[Dep, ...] = (("pod", ip), ns_dep)
+            wanted = namespace.decode("ascii", "replace")
+            holders = self._pods.get(ip, ())
+            if not any(key[0].lower() == wanted for key in holders):
+                return MISSING, deps
+        else:
+            deps = (ns_dep,)
+        packed = parse_ip(ip)
+        if packed is None:
+            return MISSING, deps
+        item = Item(packed, 0, b"", b"", (labels[-3], namespace, POD), b"")
+        return Node((item,), self.options.ttl, False), deps
+
+    def pointers(self, packed: bytes) -> list[tuple[bytes, ...]]:
+        """Return the names an address has, as labels left of the primary zone: the Service
+        whose ClusterIP it is (one), else every published endpoint with it (1.7)."""
+        entries = self._by_address.get(packed)
+        if not entries:
+            return []
+        # `namespaces` filters PTR too, `namespace_labels` does not (reference 1.7).
+        filtered = bool(self.options.namespaces)
+        out: list[tuple[bytes, ...]] = []
+        for key in sorted(entries):
+            namespace, name = key
+            if filtered and not self._namespaces.get(namespace):
+                continue
+            labels = entries[key]
+            if labels is None:
+                return [(name, namespace, SVC)]
+            out += [(label, name, namespace, SVC) for label in labels]
+        return out
+
+    def has_reverse_below(self, key: bytes) -> bool:
+        """True if a partial reverse name has names below it (strict only, RFC 8020)."""
+        return key in self._suffixes
+
+    def pod_at(self, ip: str) -> Pod | None:
+        """Return a verified Pod with this address (autopath)."""
+        holders = self._pods.get(ip)
+        return next(iter(holders.values())) if holders else None
+
+    def services(self) -> Iterator[ServiceRecords]:
+        """Yield the Services that are exposed, sorted by name (reference 1.14)."""
+        found = [
+            records
+            for namespace, services in self._services.items()
+            if self._namespaces.get(namespace)
+            for records in services.values()
+        ]
+        yield from sorted(found, key=lambda r: (r.name, r.namespace))
+
+    def services_of(self, addresses: Iterable[bytes]) -> list[ServiceRecords]:
+        """Return the Services that have one of these addresses as an endpoint: the Service
+        this very server stands behind (reference 1.10)."""
+        out: dict[tuple[bytes, bytes], ServiceRecords] = {}
+        for packed in addresses:
+            for (namespace, name), labels in self._by_address.get(packed, {}).items():
+                if labels is not None:
+                    out[namespace, name] = self._services[namespace][name]
+        return [out[key] for key in sorted(out)]
+
+
+def parse_ip(text: str) -> bytes | None:
+    """Return the packed address as Go's net.ParseIP reads it: no scope, and an IPv4-mapped
+    address is IPv4; None if it is not an address."""
+    if "%" in text:
+        return None
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped.packed
+    return address.packed
+
+
+def is_reverse_zone(zone: bytes) -> bool:
+    """True for a zone below in-addr.arpa or ip6.arpa. The bare zones themselves are not
+    recognised, as in CoreDNS (reference 1.7): listed first, one becomes the primary zone."""
+    return zone not in (IN_ADDR, IP6_ARPA) and (
+        zone.endswith(IN_ADDR) or zone.endswith(IP6_ARPA)
+    )
+
+
+def join(labels: Iterable[bytes], zone: bytes) -> bytes:
+    """Return the wire name of `labels` under `zone`."""
+    return name_of([*labels])[:-1] + zone
