@@ -63,6 +63,14 @@ class ServeCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read `-p=53` and `-quiet=false`, and stop at the first argument that is no flag."""
         args = [word for arg in args for word in _go_flag(arg)]
+        known = {flag for param in self.get_params(ctx) for flag in param.opts}
+        for arg in args:
+            # click would read an unknown -port as -p with the value "ort".
+            flag = arg.partition("=")[0]
+            if flag.startswith("-") and flag not in known:
+                from kdns.corefile import nearest
+
+                raise click.UsageError(f"no flag '{flag}'{nearest(flag, known)}", ctx)
         rest = super().parse_args(ctx, args)
         extra = ctx.params.pop("extra", ())
         if extra:
@@ -94,7 +102,13 @@ def cli() -> None:
     """A cluster DNS server that takes CoreDNS's place."""
 
 
-PORT = click.IntRange(0, 65535)
+class Port(click.IntRange):
+    """A port number."""
+
+    name = "port number"
+
+
+PORT = Port(0, 65535)
 
 
 @cli.command(cls=ServeCommand)
@@ -140,7 +154,9 @@ def serve(
     elif conf is None:
         text = DEFAULT_COREFILE.format(port=dns_port)
     from kdns import app
+    from kdns.logs import setup_logging
 
+    setup_logging(sys.stdout, quiet)
     return app.serve(conf, text=text, dns_port=dns_port, pidfile=pidfile, quiet=quiet)
 
 
@@ -177,11 +193,10 @@ def check(file: str, dns_port: int) -> int:
         click.echo(str(problem))
     warnings = sum(problem.warning for problem in problems)
     errors = len(problems) - warnings
-    parts = [_count(errors, "error")] * bool(errors) + [_count(warnings, "warning")] * bool(
-        warnings
-    )
-    click.echo(f"{file}: {'' if errors else 'ok'}{', ' * (not errors and bool(warnings))}"
-               f"{', '.join(parts)}")  # fmt: skip
+    found = ((errors, "error"), (warnings, "warning"))
+    verdict = [] if errors else ["ok"]
+    verdict += [_count(n, what) for n, what in found if n]
+    click.echo(f"{file}: {', '.join(verdict)}")
     return USAGE_ERROR if errors else 0
 
 
@@ -218,7 +233,7 @@ def dump(stage: str, conf: str | None, manifests: tuple[str, ...]) -> int:
     help="Whom to ask.  [default: the first nameserver of /etc/resolv.conf]",
 )  # fmt: skip
 @click.option(
-    "--port", metavar="N", envvar="KDNS_QUERY_PORT", type=click.IntRange(1, 65535),
+    "--port", metavar="N", envvar="KDNS_QUERY_PORT", type=Port(1, 65535),
     default=DEFAULT_PORT, show_default=True,
 )  # fmt: skip
 @click.option(
@@ -338,8 +353,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def run(argv: list[str]) -> int:
     """Run a command line and return its exit code; what goes wrong is said on stderr."""
     try:
-        result: Any = cli.main(argv, prog_name="kdns", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        code: Any = cli.main(argv, prog_name="kdns", standalone_mode=False)
+        return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as e:
         click.echo(e.format_message())
         return 0 if not argv else USAGE_ERROR

@@ -57,7 +57,7 @@ class ObjectError(KdnsError):
     """One Kubernetes object that cannot be used; the rest is kept."""
 
     def __init__(self, kind: str, key: str, field: str, text: str) -> None:
-        self.kind, self.key, self.field = kind, key, field
+        self.kind, self.key, self.field, self.text = kind, key, field, text
         super().__init__(f"{kind} {key}: {field}: {text}" if field else f"{kind} {key}: {text}")
 
 

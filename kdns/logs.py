@@ -58,7 +58,8 @@ def setup_logging(stream: TextIO, quiet: bool = False) -> LineHandler:
     logging.getLogger(START).setLevel(logging.CRITICAL if quiet else logging.NOTSET)
     # Nothing prints these, and a query log asks for a record per query.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging.logAsyncioTasks = False
+    if sys.version_info >= (3, 12):
+        logging.logAsyncioTasks = False
     return handler
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from kdns.errors import SourceError
-from kdns.registry.snapshot import Changes, Snapshot
+from kdns.registry.objects import Key, Kind, Object
+from kdns.registry.snapshot import Changes, Snapshot, everything
 from kdns.registry.store import Store
 
 log = logging.getLogger("kdns")
@@ -51,17 +52,19 @@ class Pipeline:
 
     # --- source.sink.Sink -----------------------------------------------------------------
 
-    def replace(self, kind: str, objects: Any) -> None:
+    def replace(
+        self, kind: Kind, objects: Iterable[Object], keep: Collection[Key] = frozenset()
+    ) -> None:
         """Take a full list of one kind."""
-        self.store.replace(kind, objects)
+        self.store.replace(kind, objects, keep)
         self._schedule()
 
-    def apply(self, kind: str, event: str, obj: Any) -> None:
+    def apply(self, kind: Kind, event: str, obj: Object) -> None:
         """Take one watch event."""
         self.store.apply(kind, event, obj)
         self._schedule()
 
-    def mark_synced(self, kind: str) -> None:
+    def mark_synced(self, kind: Kind) -> None:
         """The kind has been listed once."""
         self.store.mark_synced(kind)
         self._schedule()
@@ -109,20 +112,3 @@ class Pipeline:
         self.invalidate(None if everything_changed else deps)
         if self.snapshot.synced:
             self.synced.set()
-
-
-def everything(snapshot: Snapshot) -> Changes:
-    """Return the Changes from nothing to `snapshot`."""
-    return Changes(
-        services=frozenset(
-            (namespace, name)
-            for table in (snapshot.services, snapshot.slices)
-            for namespace, names in table.items()
-            for name in names
-        ),
-        namespaces=frozenset(snapshot.namespaces),
-        pods=frozenset(
-            (namespace, name) for namespace, names in snapshot.pods.items() for name in names
-        ),
-        synced=snapshot.synced,
-    )

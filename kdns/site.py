@@ -11,10 +11,11 @@ import importlib
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from kdns.corefile import Corefile, Key, Problems, ServerBlock, Token, parse_corefile
+from kdns.corefile import Corefile, Key, Problems, ServerBlock, parse_corefile
+from kdns.dns.message import Query, Reply
 from kdns.dns.name import BadName, parse_name
 from kdns.errors import ConfigError, Problem
 from kdns.metrics import Metrics
@@ -158,18 +159,11 @@ def places_of(block: Block) -> list[Place]:
     )
 
 
-def _routers(
-    blocks: list[Block], problems: Problems, metrics: Metrics
-) -> dict[Place, Router]:
-    chains: dict[Place, dict[bytes, tuple[Chain, Token]]] = {}
+def _routers(blocks: list[Block], problems: Problems, metrics: Metrics) -> dict[Place, Router]:
+    chains: dict[Place, dict[bytes, Chain]] = {}
     any_class: set[Place] = set()
-    watched: dict[Place, Block] = {}
+    counted: set[Place] = set()
     for block in blocks:
-        for place in places_of(block):
-            if any(p.word in ANY_CLASS for p in block.plugins):
-                any_class.add(place)
-            if block.find("prometheus") is not None:
-                watched.setdefault(place, block)
         for key in block.keys:
             for address in block.addresses:
                 place = Place(key.scheme, address, key.port)
@@ -178,16 +172,22 @@ def _routers(
                 except BadName as e:
                     problems.error(key.token, f"zone is not a valid domain name: {e}")
                     continue
-                table = chains.setdefault(place, {})
-                if zone in table:
-                    first = table[zone][1]
-                    problems.error(
-                        key.token,
-                        f"cannot serve {key.scheme}://{key.zone}:{key.port} - it is already"
-                        f" defined in {first.file}:{first.line}",
-                    )
-                table[zone] = (block.chain, key.token)
+                chains.setdefault(place, {})[zone] = block.chain
+                if any(p.word in ANY_CLASS for p in block.plugins):
+                    any_class.add(place)
+                if block.find("prometheus") is not None:
+                    counted.add(place)
     return {
-        place: Router({zone: chain for zone, (chain, _) in table.items()}, place in any_class)
+        place: Router(
+            table, place in any_class, _unmatched(place, metrics) if place in counted else None
+        )
         for place, table in chains.items()
     }
+
+
+def _unmatched(place: Place, metrics: Metrics) -> Callable[[Query, Reply], Reply]:
+    """Return what counts the questions that no block answers: zone "dropped" (CoreDNS)."""
+    from kdns.plugins.prometheus import Prometheus
+
+    facts = ServerFacts(("dropped",), f"{place.scheme}://:{place.port}", "")
+    return Prometheus(Setup(Problems(), facts, metrics, time.monotonic, random.Random())).on_reply

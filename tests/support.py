@@ -141,5 +141,3 @@ def a(name: str, address: str, ttl: int = 300) -> RR:
 
 def cname(name: str, target: str, ttl: int = 300) -> RR:
     return RR(parse_name(name), t.CNAME, ttl, parse_name(target))
-
-

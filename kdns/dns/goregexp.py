@@ -79,7 +79,8 @@ Node = Chars | Edge | Seq | Alt | Repeat | Group
 
 ALL = (1 << 128) - 1
 BEGIN, END, LINE_BEGIN, LINE_END = r"\A", r"\Z", "(?m:^)", "(?m:$)"
-WORD_EDGE, NO_WORD_EDGE = r"\b", r"\B"
+WORD_EDGE = r"\b"
+NO_WORD_EDGE = r"(?!\b)"  # Python's \B does not hold in an empty subject
 
 
 def _mask(chars: str) -> int:
@@ -174,6 +175,10 @@ class _Parser:
             start = self.at
             bounds = self.repetition()
             if bounds is None:
+                if self.peek("\\Q"):
+                    items += self.quoted()
+                    repeated = ""
+                    continue
                 node = self.atom()
                 if node is not None:
                     items.append(node)
@@ -286,11 +291,6 @@ class _Parser:
         if self.at >= len(self.text):
             raise BadPattern("trailing backslash at end of expression")
         char = self.text[self.at]
-        if char == "Q":
-            end = self.text.find("\\E", self.at)
-            quoted = self.text[self.at + 1 : end if end >= 0 else None]
-            self.at = end + 2 if end >= 0 else len(self.text)
-            return Seq(tuple(self.literal(c) for c in quoted))
         edge = {"A": BEGIN, "z": END, "b": WORD_EDGE, "B": NO_WORD_EDGE}.get(char)
         if edge is not None:
             self.at += 1
@@ -299,6 +299,13 @@ class _Parser:
         if mask is not None:
             return Chars(mask)
         return self.literal(self.character())
+
+    def quoted(self) -> list[Node]:
+        """Read `\\Q...\\E`: what stands between is literal; the end may be left out."""
+        end = self.text.find("\\E", self.at)
+        content = self.text[self.at + 2 : end if end >= 0 else None]
+        self.at = end + 2 if end >= 0 else len(self.text)
+        return [self.literal(char) for char in content]
 
     def class_escape(self) -> int | None:
         """Read what follows a backslash if it names a set: d s w D S W p P."""
@@ -580,20 +587,29 @@ class _Machine:
                 for end in ends:
                     self.states[end] = ("jump", len(self.states), 0, "")
             case Repeat(item, low, high, greedy):
-                for _ in range(low):
-                    self.emit(item)
-                if high is None:
-                    split = self.put("split")
-                    self.emit(item)
-                    self.put("jump", split)
-                    self.fork(split, len(self.states), greedy)
-                    return
-                splits = []
-                for _ in range(high - low):
-                    splits.append(self.put("split"))
-                    self.emit(item)
-                for split in splits:
-                    self.fork(split, len(self.states), greedy)
+                self.emit_repeat(item, low, high, greedy)
+
+    def emit_repeat(self, item: Node, low: int, high: int | None, greedy: bool) -> None:
+        splits = []
+        if high is None:
+            # x* is (x+)?, as in Go: it tells what x caught last when x may be empty.
+            if low == 0:
+                splits.append(self.put("split"))
+            for _ in range(low - 1):
+                self.emit(item)
+            start = len(self.states)
+            self.emit(item)
+            end = self.put("split")
+            one, two = (start, end + 1) if greedy else (end + 1, start)
+            self.states[end] = ("split", one, two, "")
+        else:
+            for _ in range(low):
+                self.emit(item)
+            for _ in range(high - low):
+                splits.append(self.put("split"))
+                self.emit(item)
+        for split in splits:
+            self.fork(split, len(self.states), greedy)
 
     def fork(self, split: int, other: int, greedy: bool) -> None:
         one, two = (split + 1, other) if greedy else (other, split + 1)
@@ -704,7 +720,8 @@ class Pattern:
     def search(self, subject: str) -> tuple[str, ...] | None:
         """Return the first match and its groups ("" for one without part), or None."""
         machine = self._machine
-        if machine is None or len(subject) ** self._degree <= MAX_STEPS:
+        degree = self._degree
+        if machine is None or (degree < UNBOUNDED and len(subject) ** degree <= MAX_STEPS):
             match = self._compiled.search(subject)
             return None if match is None else (match[0], *match.groups(""))
         spans = machine.run(subject)

@@ -127,6 +127,7 @@ class Query:
     received  -- monotonic seconds when it arrived
     limit     -- largest reply in octets the asker can take
     depth     -- how many Asks deep this question is (plugins/chain.py bounds it)
+    serial    -- the SOA serial an IXFR starts from (RFC 1995 s3), or None
     meta      -- what plugins higher up left for those below (reference 1.13 metadata), or None
     """
 
@@ -144,6 +145,7 @@ class Query:
         "qclass",
         "qtype",
         "received",
+        "serial",
         "size",
     )
 
@@ -161,6 +163,7 @@ class Query:
     size: int
     meta: dict[str, Any] | None
     depth: int
+    serial: int | None
 
     def asking(
         self, name: bytes | None = None, qtype: int | None = None, qclass: int | None = None
@@ -181,6 +184,7 @@ class Query:
         q.size = self.size
         q.meta = self.meta
         q.depth = self.depth
+        q.serial = self.serial
         return q
 
     @property
@@ -210,7 +214,7 @@ def make_query(
     q = Query.__new__(Query)
     q.id, q.flags, q.name, q.key = id, RD if rd else 0, name, name.lower()
     q.qtype, q.qclass, q.edns, q.client, q.proto = qtype, qclass, edns, client, proto
-    q.received, q.size, q.meta, q.depth = received, 16 + len(name), None, 0
+    q.received, q.size, q.meta, q.depth, q.serial = received, 16 + len(name), None, 0, None
     q.limit = _limit(proto, edns)
     return q
 
@@ -361,6 +365,7 @@ def parse_query(wire: bytes, client: tuple[str, int], proto: str, received: floa
     q.size = size
     q.meta = None
     q.depth = 0
+    q.serial = _ixfr_serial(wire, i + 4) if qtype == t.IXFR and ns and not an else None
     if an or ns or ar:
         q.edns = edns = _find_opt(wire, i + 4, an + ns, ar)
         q.limit = _limit(proto, edns)
@@ -368,6 +373,18 @@ def parse_query(wire: bytes, client: tuple[str, int], proto: str, received: floa
         q.edns = None
         q.limit = MIN_UDP if proto == "udp" else MAX_TCP
     return q
+
+
+def _ixfr_serial(wire: bytes, at: int) -> int | None:
+    """Return the serial of the SOA at `at`, the authority section of an IXFR."""
+    at = _skip_name(wire, at)
+    if at + 10 > len(wire):
+        return None
+    rtype, _, _, rdlength = _FIXED.unpack_from(wire, at)
+    end = at + 10 + rdlength
+    if rtype != t.SOA or rdlength < 22 or end > len(wire):
+        return None
+    return int.from_bytes(wire[end - 20 : end - 16], "big")
 
 
 def _find_opt(wire: bytes, at: int, before: int, additional: int) -> Edns | None:

@@ -26,6 +26,7 @@ EVERY = "*"
 ANSWERS = {BLOCK: (t.REFUSED, 15), FILTER: (t.NOERROR, 17)}
 EDE = 15  # option code, RFC 8914 s2
 MAX_UDP = 4096
+SOMEBODY = (32, 0)  # stands for the client where no rule asks who it is
 
 COUNTED = {
     BLOCK: ("coredns_acl_blocked_requests_total", "Queries refused by a rule."),
@@ -140,7 +141,7 @@ class Acl(Plugin):
 
     def on_query(self, query: Query) -> Outcome:
         names = ancestors(query.key)
-        client = client_number(query.client[0])
+        client = client_number(query.client[0]) if self.per_client else SOMEBODY
         if client is None:
             self._log.error("Blocking a query from an unreadable address: %s", query.client[0])
         for rule in self._rules:
@@ -210,7 +211,7 @@ def _policy(option: Option, cx: Setup) -> Policy | None:
     if types and not any(token.text == EVERY for token in types):
         qtypes = frozenset(n for token in types if (n := _qtype(token, cx)) is not None)
     if nets and not any(token.text == EVERY for token in nets):
-        networks = NetworkSet(n for token in nets if (n := _network(token, cx)) is not None)
+        networks = NetworkSet(net for token in nets if (net := _network(token, cx)) is not None)
     return Policy(action, qtypes, networks)
 
 
@@ -244,10 +245,10 @@ def _not_empty(opened: Token | None, words: list[Token] | None, cx: Setup) -> No
 def _qtype(token: Token, cx: Setup) -> int | None:
     number = t.type_number(token.text)
     if number is None:
-        names = {name.lower(): name for name in t.TYPES}
         cx.problems.error(
             token,
-            f"unexpected token '{token}'; expect legal QTYPE" + nearest(token.text, names).upper(),
+            f"unexpected token '{token}'; expect legal QTYPE"
+            + nearest(token.text, [name.lower() for name in t.TYPES]),
         )
     return number
 

@@ -100,7 +100,7 @@ class Chain:
                 continue
             if outcome.__class__ is Query:
                 trail = [*(trail or ()), (at, query)]
-                query = outcome  # type: ignore[assignment]
+                query = outcome
                 continue
             return self._settle(query, start, at, trail, outcome)
         # CoreDNS plugin.NextOrFailure

@@ -23,7 +23,7 @@ from kdns.registry.snapshot import Changes, Snapshot
 from kdns.registry.spec import KubeSpec, ManifestSpec
 from kdns.zone import cluster as c
 from kdns.zone.cluster import ClusterOptions, ClusterRecords, join
-from kdns.zone.records import SVC, ServiceRecords, transfer_records
+from kdns.zone.records import SVC, Node, ServiceRecords, transfer_records
 
 MAX_CNAMES = 10  # CoreDNS maxCnameChainLength
 VERSION_TTL = 28800  # fixed by CoreDNS, not the `ttl` option (reference 1.8)
@@ -62,29 +62,24 @@ class Kubernetes(Plugin):
         self.records = ClusterRecords(options)
         self._strict = options.strict
         self._ttl = options.ttl
-        self._reverse = frozenset(
-            z for z in zones if z.endswith(IN_ADDR) or z.endswith(IP6_ARPA)
-        )
+        self._reverse = frozenset(z for z in zones if z.endswith((IN_ADDR, IP6_ARPA)))
         self._soa: dict[bytes, RR] = {}
         self._soa_serial = -1
-        # Reverse zones share the cluster's records, so one id serves all deps.
-        self._id = id(self)
-        self._soa_dep: Dep = (self._id, "soa")
+        # zone -> (falls through whatever the name, zones below it that do)
+        self._falls = {zone: _falls(zone, fallthrough) for zone in zones}
 
     # --- what app.py does for it --------------------------------------------------------
 
     def work(self) -> Sequence[Work]:
         return (Feed(self.source, self.publish),)
 
-    def publish(
-        self, snapshot: Snapshot, changes: Changes, now: float
-    ) -> Sequence[Dep] | None:
+    def publish(self, snapshot: Snapshot, changes: Changes, now: float) -> Sequence[Dep] | None:
         """Take over a snapshot; return the deps of answers that may be different now."""
         was_synced = self.records.synced
         deps = self.records.update(snapshot, changes)
         if snapshot.synced != was_synced:
             return None
-        return [(self._id, dep) for dep in deps]
+        return deps
 
     def not_ready(self) -> str:
         return "" if self.records.synced else "waiting for the registry to be listed once"
@@ -122,16 +117,14 @@ class Kubernetes(Plugin):
         if len(labels) == 2 and labels[0] == b"ns" and labels[1] == b"dns":
             return self._default_ns(query, zone)
         found, deps = self.records.lookup(labels)
-        if isinstance(found, c.Node):
+        if isinstance(found, Node):
             if qtype == t.A or qtype == t.AAAA:
                 name = query.name
                 answer = [rr.owned_by(name) for rr in found.addresses(qtype)]
                 return self._positive(answer, [], deps, zone)
             if qtype == t.SRV:
                 answer, extra = found.services(zone)
-                return self._positive(
-                    [rr.owned_by(query.name) for rr in answer], extra, deps, zone
-                )
+                return self._positive([rr.owned_by(query.name) for rr in answer], extra, deps, zone)
             return self._negative(zone, t.NOERROR, deps)
         if isinstance(found, c.External):
             return self._external(query, zone, found.records, deps)
@@ -146,34 +139,26 @@ class Kubernetes(Plugin):
         if not answer:
             return self._negative(zone, t.NOERROR, deps)
         reply = Reply(t.NOERROR, answer, None, list(additional), served_by="kubernetes")
-        self._keep(reply, deps)
-        return reply
-
-    def _keep(self, reply: Reply, deps: tuple[Dep, ...]) -> None:
         if self.records.synced:
             reply.keep = FOREVER
-            own = self._id
-            reply.deps = tuple([(own, dep) for dep in deps])
+            reply.deps = deps
+        return reply
 
     def _negative(self, zone: bytes, rcode: int, deps: tuple[Dep, ...]) -> Reply:
         reply = Reply(rcode, None, [self._soa_record(zone)], served_by="kubernetes")
         if self.records.synced:
             reply.keep = FOREVER
-            own = self._id
-            reply.deps = (self._soa_dep, *[(own, dep) for dep in deps])
+            reply.deps = (c.SOA_DEP, *deps)
         return reply
 
     def _missing(self, query: Query, zone: bytes, deps: tuple[Dep, ...]) -> Outcome:
         if not self.records.synced:
             # DESIGN 1.3 point 6: never deny what was not listed yet, never leak it upstream.
             return self._negative(zone, t.SERVFAIL, ())
-        if self._falls_through(query.key):
+        always, below = self._falls[zone.lower()]
+        if always or (below and any(is_subdomain(query.key, z) for z in below)):
             return None
         return self._negative(zone, t.NXDOMAIN, deps)
-
-    def _falls_through(self, key: bytes) -> bool:
-        zones = self.fallthrough
-        return zones is not None and any(is_subdomain(key, zone) for zone in zones)
 
     def _soa_record(self, zone: bytes) -> RR:
         serial = self.records.serial
@@ -198,7 +183,7 @@ class Kubernetes(Plugin):
             reply = Reply(t.NOERROR, [self._soa_record(zone)], served_by="kubernetes")
             if self.records.synced:
                 reply.keep = FOREVER
-                reply.deps = (self._soa_dep,)
+                reply.deps = (c.SOA_DEP,)
             return reply
         if qtype == t.NS and (query.name == query.key or self._strict):
             # An apex typed in mixed case gets NODATA from CoreDNS (reference 1.2).
@@ -300,7 +285,7 @@ class Kubernetes(Plugin):
             labels = labels_of(key)[: -len(labels_of(zone_key)) or None]
             found, more = self.records.lookup(labels)
             deps = (*deps, *more)
-            if isinstance(found, c.Node):
+            if isinstance(found, Node):
                 answer = [rr.owned_by(target) for rr in self._of_type(found, query.qtype, zone)]
                 if not answer and not self._strict:
                     return self._negative(zone, t.NOERROR, deps)
@@ -312,7 +297,7 @@ class Kubernetes(Plugin):
             owner, target = target, found.target
         return self._negative(zone, t.NOERROR, deps)
 
-    def _of_type(self, node: c.Node, qtype: int, zone: bytes) -> list[RR]:
+    def _of_type(self, node: Node, qtype: int, zone: bytes) -> list[RR]:
         if qtype == t.A or qtype == t.AAAA:
             return node.addresses(qtype)
         return node.services(zone)[0] if qtype == t.SRV else []
@@ -322,9 +307,7 @@ class Kubernetes(Plugin):
             answer = reply.answer if reply is not None else []
             truncated = reply.flags & TC if reply is not None else 0
             # The target's rcode is lost: NOERROR with the CNAME alone (reference 1.5).
-            return Reply(
-                t.NOERROR, [*chain, *answer], flags=AA | truncated, served_by="kubernetes"
-            )
+            return Reply(t.NOERROR, [*chain, *answer], flags=AA | truncated, served_by="kubernetes")
 
         return Ask(query.asking(target), then)
 
@@ -394,6 +377,15 @@ def _suffixes(key: bytes) -> Iterator[bytes]:
         yield key[at:]
         at += key[at] + 1
     yield ROOT
+
+
+def _falls(zone: bytes, fallthrough: tuple[bytes, ...] | None) -> tuple[bool, list[bytes]]:
+    if fallthrough is None:
+        return False, []
+    return (
+        any(is_subdomain(zone, z) for z in fallthrough),
+        [z for z in fallthrough if z != zone and is_subdomain(z, zone)],
+    )
 
 
 def primary_zone(zones: Sequence[bytes]) -> bytes:
@@ -653,4 +645,3 @@ class _Reader:
             self.cx.problems.error(option.args[0], f"'{option.name}' takes a CIDR: {e}")
             return
         self.manifests[option.name] = option.args[0].text
-

@@ -127,8 +127,8 @@ class Weighted:
     def load(self, content: bytes | None, error: str) -> bool:
         """Take over a weight file; a bad or missing one leaves the weights as they are."""
         if content is None:
-            again = f"; will try again in {self._interval:g}s" if self._interval else ""
-            self._log.warning("Failed to open weight file: %s%s", error, again)
+            again = f"; next try in {self._interval:g}s" if self._interval else ""
+            self._log.warning("cannot read the weight file: %s%s", error, again)
             return False
         if content == self._content:
             return False
@@ -138,7 +138,7 @@ class Weighted:
         except BadWeights as e:
             self._log.error("%s", e)
             return False
-        self._log.info("Successfully reloaded weight file %s", self._path)
+        self._log.info("weight file %s is in use", self._path)
         return True
 
 

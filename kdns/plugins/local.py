@@ -55,7 +55,7 @@ class Local(Plugin):
     def _special(self, query: Query) -> Reply:
         if self._log.isEnabledFor(logging.DEBUG):
             self._log.debug(
-                "Intercepting localhost query for %s %s, from %s",
+                "answering %s %s for %s with loopback addresses",
                 render_name(query.key), t.type_name(query.qtype), query.client[0],
             )  # fmt: skip
         reply = _reply(query, query.qtype, ADDRESSES.get(query.qtype), query.name)

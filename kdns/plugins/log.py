@@ -38,6 +38,7 @@ COMMON = (
 )
 COMBINED = COMMON + ' "{>opcode}"'
 EMPTY = "-"
+LIKE_A_PLACEHOLDER = re.compile(r"\{[>]?\w+\}")
 
 SUCCESS, DENIAL, ERROR, ALL = "success", "denial", "error", "all"
 CLASSES = (SUCCESS, DENIAL, ERROR, ALL)
@@ -158,45 +159,41 @@ def _metadata(label: str) -> Callable[[Query, Reply | None], str]:
 class Format:
     """A log format, taken apart once.
 
-    _parts   -- text between placeholders, functions of (query, reply), and None where a
-                varying value goes
-    _varying -- functions of (client, id, seconds) for these, in order
+    _parts   -- text between placeholders (also in place of what varies) or functions of
+                (query, reply)
+    _varying -- (place in _parts, function of (client, id, seconds)) of what varies
+    unknown  -- what looks like a placeholder and is none
     """
 
     def __init__(self, text: str, local: str) -> None:
         text = text.replace("{common}", COMMON).replace("{combined}", COMBINED)
-        self._parts: list[str | Callable[[Query, Reply | None], str] | None] = []
-        self._varying: list[Callable[[Client, int, float], str]] = []
+        self._parts: list[str | Callable[[Query, Reply | None], str]] = []
+        self._varying: list[tuple[int, Callable[[Client, int, float], str]]] = []
         self.unknown: list[str] = []
         for piece in re.split(r"(\{[^{}]*\})", text):
-            if not piece:
-                continue
             if piece in VARYING:
-                self._parts.append(None)
-                self._varying.append(VARYING[piece])
+                self._varying.append((len(self._parts), VARYING[piece]))
+                self._parts.append("")
             elif piece in FIXED:
                 self._parts.append(FIXED[piece])
             elif piece.startswith("{/") and piece.endswith("}"):
                 self._parts.append(_metadata(piece[2:-1]))
             elif piece == "{local}":
-                self._parts.append(local.replace("%", "%%"))
+                self._parts.append(local)
             else:
-                if piece[0] == "{" and piece[-1] == "}":
+                if LIKE_A_PLACEHOLDER.fullmatch(piece):
                     self.unknown.append(piece)
-                self._parts.append(piece.replace("%", "%%"))
+                self._parts.append(piece)
 
-    def template(self, query: Query, reply: Reply | None) -> str:
-        """Return the line with `%s` in place of what varies."""
-        return "".join([
-            "%s" if part is None
-            else part if isinstance(part, str)
-            else part(query, reply).replace("%", "%%")
-            for part in self._parts
-        ])  # fmt: skip
+    def fix(self, query: Query, reply: Reply | None) -> list[str]:
+        """Return the pieces of a line, empty where it varies from asker to asker."""
+        return [part if isinstance(part, str) else part(query, reply) for part in self._parts]
 
-    def fill(self, template: str, client: Client, qid: int, seconds: float) -> str:
-        """Return the finished line."""
-        return template % tuple([show(client, qid, seconds) for show in self._varying])
+    def fill(self, pieces: list[str], client: Client, qid: int, seconds: float) -> str:
+        """Return the finished line; the pieces may be filled again for another asker."""
+        for place, show in self._varying:
+            pieces[place] = show(client, qid, seconds)
+        return "".join(pieces)
 
 
 class Rule:
@@ -227,13 +224,13 @@ class Log(Plugin):
         if rule is None:
             return reply
         form = rule.format
-        template = form.template(query, reply)
+        pieces = form.fix(query, reply)
         info = self._info
-        info(form.fill(template, query.client, query.id, self._clock() - query.received))
+        info(form.fill(pieces, query.client, query.id, self._clock() - query.received))
         if reply.keep:
 
             def repeat(client: Client, qid: int, seconds: float) -> None:
-                info(form.fill(template, client, qid, seconds))
+                info(form.fill(pieces, client, qid, seconds))
 
             if reply.on_repeat is None:
                 reply.on_repeat = []
@@ -245,7 +242,7 @@ class Log(Plugin):
         if rule is not None:
             form = rule.format
             seconds = self._clock() - query.received
-            self._info(form.fill(form.template(query, None), query.client, query.id, seconds))
+            self._info(form.fill(form.fix(query, None), query.client, query.id, seconds))
 
     def _rule(self, query: Query, reply: Reply | None) -> Rule | None:
         for rule in self._rules:

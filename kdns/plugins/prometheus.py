@@ -244,9 +244,8 @@ def setup(directives: list[Directive], cx: Setup) -> list[Plugin]:
 def _check_address(token: Token, cx: Setup) -> None:
     _, colon, port = token.text.rpartition(":")
     if not colon:
-        cx.problems.error(
-            token, f"address {token}: missing port; write it as :9153 or {token}:9153"
-        )
+        right = f":{token}" if token.text.isdecimal() else f"{token}:9153"
+        cx.problems.error(token, f"address {token}: missing port; write it as {right}")
     elif not (port.isascii() and port.isdecimal() and int(port) < 65536):
         cx.problems.error(token, f"address {token}: invalid port '{port}'")
 

@@ -28,6 +28,9 @@ class Setup:
 
     clock  -- monotonic seconds; random -- for what need not be secret (rotation)
     facts  -- the server block the plugin stands in
+    read   -- gives a file that another file names ($INCLUDE): (content, "") or (None, why not);
+              called while a WatchFile is loaded, never during setup
+    wall   -- seconds since 1970, for time stamps in metrics
     """
 
     problems: Problems
@@ -36,6 +39,8 @@ class Setup:
     clock: Callable[[], float]
     random: random.Random
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("kdns"))
+    read: Callable[[str], tuple[bytes | None, str]] = lambda path: (None, f"{path}: not read here")
+    wall: Callable[[], float] = lambda: 0.0
 
     def logger(self, word: str) -> logging.Logger:
         """Return the logger whose lines start with `plugin/WORD:`."""
@@ -123,6 +128,17 @@ class Setup:
         except BadName as e:
             self.problems.error(token, f"zone is not a valid domain name: {e}")
             return ()
+
+    def listen_address(self, token: Token) -> str:
+        """Return the `host:port` (host may be empty) to listen on; report what is not one."""
+        host, colon, port = token.text.rpartition(":")
+        if not colon or (":" in host and not (host.startswith("[") and host.endswith("]"))):
+            self.problems.error(
+                token, f"address {token}: missing port in address; write it as :8080 or [::1]:8080"
+            )
+        elif not (port.isascii() and port.isdecimal() and len(port) < 6 and int(port) < 65536):
+            self.problems.error(token, f"address {token}: invalid port '{port}'")
+        return token.text
 
     def path(self, text: str) -> str:
         """Return a file argument relative to the `root` of the server block."""

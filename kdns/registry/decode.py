@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import msgspec
 
@@ -52,8 +52,6 @@ MAX_PORT = 65535
 ADDRESS_TYPES = ("IPv4", "IPv6", "FQDN")
 _ADDRESSES_KNOWN = 1 << 16  # each some 100 octets: addresses come again with every event
 _JSON_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-
-O_co = TypeVar("O_co", covariant=True)
 
 
 # --- what comes out -----------------------------------------------------------------------
@@ -134,9 +132,7 @@ _PAGE = _decoders(
     )
 )
 _EVENT = _decoders(
-    lambda struct: msgspec.defstruct(
-        f"{struct.__name__}Event", [("type", str), ("object", struct)]
-    )
+    lambda struct: msgspec.defstruct(f"{struct.__name__}Event", [("type", str), ("object", struct)])
 )
 _RAW_PAGE = msgspec.json.Decoder(_List)
 _RAW_LINE = msgspec.json.Decoder(_Line)
@@ -209,7 +205,9 @@ def _decode_event_slowly(kind: Kind, line: bytes) -> Event:
     return Event(raw.type, obj, error, meta.resource_version)
 
 
-def decode_status(body: bytes, http_status: int = 0, retry_after: float | None = None) -> SourceError:
+def decode_status(
+    body: bytes, http_status: int = 0, retry_after: float | None = None
+) -> SourceError:
     """Return the error a Kubernetes Status body (or only the HTTP status) stands for."""
     try:
         status = _STATUS.decode(body)
@@ -221,8 +219,10 @@ def decode_status(body: bytes, http_status: int = 0, retry_after: float | None =
         text += f": {status.message[:500]}"
     if code == 410 or status.reason in ("Expired", "Gone"):
         return Expired(text)
-    if code in (401, 403):
-        return Denied(text)
+    if code == 401:
+        return Denied(f"{text}; the credentials were not accepted")
+    if code == 403:
+        return Denied(f"{text}; the account needs `list` and `watch` on it (see deploy/)")
     if retry_after is None and status.details is not None:
         retry_after = status.details.retry_after_seconds
     return Unreachable(text, retry_after)
@@ -369,15 +369,11 @@ def _check_slice(one: EndpointSlice) -> None:
             _check_label(ENDPOINT_SLICE, meta, f"ports[{i}].protocol", port.protocol)
     for i, endpoint in enumerate(one.endpoints or ()):
         if endpoint.hostname:
-            _check_label(
-                ENDPOINT_SLICE, meta, f"endpoints[{i}].hostname", endpoint.hostname
-            )
+            _check_label(ENDPOINT_SLICE, meta, f"endpoints[{i}].hostname", endpoint.hostname)
         if one.address_type != "FQDN":
             for address in endpoint.addresses:
                 if not is_address(address):
-                    _check_address(
-                        ENDPOINT_SLICE, meta, f"endpoints[{i}].addresses", address
-                    )
+                    _check_address(ENDPOINT_SLICE, meta, f"endpoints[{i}].addresses", address)
 
 
 def _check_pod(pod: Pod) -> None:
@@ -410,17 +406,14 @@ def _check_label(kind: Kind, meta: Meta, field: str, text: str) -> None:
 def is_address(text: str) -> bool:
     """True for an IPv4 or IPv6 address without a scope."""
     try:
-        return ipaddress.ip_address(text).version in (4, 6) and "%" not in text
+        ipaddress.ip_address(text)
     except ValueError:
         return False
+    return "%" not in text
 
 
 def _drop_annotations(meta: Meta) -> None:
     annotations = meta.annotations
     if annotations:
-        for name in _unread(annotations):
+        for name in [name for name in annotations if name not in KEPT_ANNOTATIONS]:
             del annotations[name]
-
-
-def _unread(annotations: Iterable[str]) -> list[str]:
-    return [name for name in annotations if name not in KEPT_ANNOTATIONS]

@@ -50,6 +50,23 @@ class Changes:
         return bool(self.services or self.namespaces or self.pods or self.synced)
 
 
+def everything(snapshot: Snapshot) -> Changes:
+    """Return the Changes from nothing to `snapshot`."""
+    return Changes(
+        services=frozenset(
+            (namespace, name)
+            for table in (snapshot.services, snapshot.slices)
+            for namespace, names in table.items()
+            for name in names
+        ),
+        namespaces=frozenset(snapshot.namespaces),
+        pods=frozenset(
+            (namespace, name) for namespace, names in snapshot.pods.items() for name in names
+        ),
+        synced=snapshot.synced,
+    )
+
+
 def dump_snapshot(snapshot: Snapshot) -> Iterator[str]:
     """Yield one line an object, sorted, as `kdns dump snapshot` prints them."""
     yield f"revision {snapshot.revision} synced {str(snapshot.synced).lower()}"

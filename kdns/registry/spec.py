@@ -6,6 +6,7 @@ No I/O here, so that plugins/ can build them; source/ carries them out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kdns.registry.objects import ENDPOINT_SLICE, NAMESPACE, POD, SERVICE, Kind
 
@@ -18,15 +19,14 @@ class KubeSpec:
     tls            -- (certificate file, key file, CA file) for `endpoint`; empty ones unused
     kubeconfig     -- file; context: which of its contexts, empty: the current one
     label_selector -- for Services, EndpointSlices and Pods (reference 1.12 `labels`)
-    namespace_label_selector -- for Namespaces (`namespace_labels`)
     """
 
+    kind: ClassVar[str] = "kubernetes"  # the `source` label of metrics
     endpoint: str = ""
     tls: tuple[str, str, str] | None = None
     kubeconfig: str = ""
     context: str = ""
     label_selector: str = ""
-    namespace_label_selector: str = ""
     want_endpoints: bool = True
     want_pods: bool = False
 
@@ -43,12 +43,14 @@ class KubeSpec:
 class ManifestSpec:
     """Files and folders of manifests, in place of a cluster.
 
-    service_cidr, pod_cidr -- where addresses come from that no manifest gives; the `_v6`
-                              ones serve Services that ask for IPv6
+    service_cidr, pod_cidr -- where addresses come from that no manifest gives. Their family
+                              is the one Services have that ask for none; the `_v6` ones
+                              serve those that ask for IPv6 too
     interval               -- seconds between two looks at the files
     label_selector         -- as in KubeSpec
     """
 
+    kind: ClassVar[str] = "manifests"
     paths: tuple[str, ...]
     service_cidr: str = "10.96.0.0/12"
     pod_cidr: str = "10.244.0.0/16"

@@ -33,9 +33,7 @@ def _ipv4() -> list[LocalAddress]:
     buffer = array.array("B", bytes(_IFREQ.size * MAX_ADDRESSES))
     address, _ = buffer.buffer_info()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        filled = fcntl.ioctl(
-            sock.fileno(), _SIOCGIFCONF, struct.pack("iP", len(buffer), address)
-        )
+        filled = fcntl.ioctl(sock.fileno(), _SIOCGIFCONF, struct.pack("iP", len(buffer), address))
     size = struct.unpack("iP", filled)[0]
     out = []
     for at in range(0, size, _IFREQ.size):

@@ -120,8 +120,6 @@ class Exchange:
 
     def _panic(self, query: Query | None) -> Reply | Drop:
         self._panics.add()
-        asked = (
-            f"{render_name(query.name)} {t.type_name(query.qtype)}" if query else "a refresh"
-        )
+        asked = f"{render_name(query.name)} {t.type_name(query.qtype)}" if query else "a refresh"
         log.exception("a bug in kdns while answering %s; please report it", asked)
         return failure(t.SERVFAIL) if query is not None else DROP

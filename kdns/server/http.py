@@ -153,9 +153,7 @@ class DohServer:
         except WireError as e:
             if e.rcode is None:
                 return web.Response(status=400, text=f"{e}\n")
-            return web.Response(
-                body=render_header_error(wire, e.rcode), content_type=DNS_MESSAGE
-            )
+            return web.Response(body=render_header_error(wire, e.rcode), content_type=DNS_MESSAGE)
         future: asyncio.Future[Reply | Drop] = asyncio.get_running_loop().create_future()
 
         def done(reply: Reply | Drop) -> None:

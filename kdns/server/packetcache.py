@@ -17,6 +17,9 @@ from kdns.dns.message import FOREVER, Reply
 # entry is under 600 octets in memory, so both stay under 20 MB of the stock 170 Mi limit.
 MAX_ENTRIES = 16384
 MAX_OCTETS = 4 << 20
+# How many questions are remembered as asked once. Only a question asked again is kept: a
+# flood of names that never come back (0x20, random labels) costs a hash and no entry.
+MAX_ASKED = 65536
 # How many orders of a shuffled answer are kept; each time round one is made anew, so that
 # over time every order is as likely as if each query had been shuffled for itself.
 ORDERS = 16
@@ -42,9 +45,7 @@ class Entry:
         self.on_repeat = reply.on_repeat
         self.orders: list[bytes] | None = [wire] if reply.shuffled else None
         self.next = 0
-        self.plain = (
-            self.orders is None and self.on_repeat is None and self.expires == FOREVER
-        )
+        self.plain = self.orders is None and self.on_repeat is None and self.expires == FOREVER
 
 
 class _Generation:
@@ -63,6 +64,7 @@ class PacketCache:
     def __init__(self) -> None:
         self.young = _Generation()
         self.old = _Generation()
+        self._asked: set[int] = set()
         # Seconds and number of repeats since the last settle(), for the duration metric.
         self.busy = 0.0
         self.repeats = 0
@@ -95,12 +97,20 @@ class PacketCache:
         return orders[at]
 
     def keep(self, key: bytes, wire: bytes, reply: Reply, now: float) -> None:
-        """Remember the octets behind the ID of a reply that may be repeated."""
+        """Remember the octets behind the ID of a reply that may be repeated, if its question
+        has been asked before."""
         entry = self.young.entries.get(key)
         if entry is not None and entry.orders is not None and reply.shuffled:
             self._add_order(entry, wire)
             return
-        self._insert(Entry(key, wire, reply, now))
+        asked, mark = self._asked, hash(key)
+        if mark in asked:
+            asked.discard(mark)
+            self._insert(Entry(key, wire, reply, now))
+            return
+        if len(asked) >= MAX_ASKED:
+            asked.clear()
+        asked.add(mark)
 
     def _add_order(self, entry: Entry, wire: bytes) -> None:
         orders = entry.orders
@@ -172,4 +182,3 @@ class PacketCache:
         mean = self.busy / self.repeats if self.repeats else 0.0
         for cell, value in entry.tally or ():
             cell.add(mean if value is None else value, hits)
-

@@ -20,6 +20,7 @@ from kdns.registry.snapshot import Changes, Snapshot
 from kdns.zone.records import SVC, Item, Node, ServiceRecords, compile_service
 
 POD = b"pod"
+SOA_DEP = "soa"  # every answer with the zone's SOA in it depends on the serial
 Dep: TypeAlias = Hashable
 
 
@@ -95,7 +96,7 @@ class ClusterRecords:
             self.synced = snapshot.synced
         if snapshot.changed_at != self.serial:
             self.serial = snapshot.changed_at
-            deps.append("soa")
+            deps.append(SOA_DEP)
         self.revision = snapshot.revision
         for name in changes.namespaces:
             deps.append(self._update_namespace(name, snapshot.namespaces.get(name)))
@@ -374,9 +375,7 @@ def parse_ip(text: str) -> bytes | None:
 def is_reverse_zone(zone: bytes) -> bool:
     """True for a zone below in-addr.arpa or ip6.arpa. The bare zones themselves are not
     recognised, as in CoreDNS (reference 1.7): listed first, one becomes the primary zone."""
-    return zone not in (IN_ADDR, IP6_ARPA) and (
-        zone.endswith(IN_ADDR) or zone.endswith(IP6_ARPA)
-    )
+    return zone not in (IN_ADDR, IP6_ARPA) and zone.endswith((IN_ADDR, IP6_ARPA))
 
 
 def join(labels: Iterable[bytes], zone: bytes) -> bytes:

@@ -1,0 +1,292 @@
+"""Start kdns over the manifests in this folder and ask it what people ask a cluster's DNS.
+
+    make demo            # or: .venv/bin/python examples/walkthrough.py
+
+Everything stays on 127.0.0.1: the cluster is examples/*.yaml, the outside world a second
+server block of examples/Corefile.demo. Each question is a `kdns query` that can be typed by
+hand. Leaves with 0 if every answer was the one expected.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from kdns.dns import types as t
+from kdns.dns.name import parse_name
+from kdns.server.client import NoAnswer, Server, ask
+
+PROJECT = Path(__file__).resolve().parent.parent
+COREFILE = "examples/Corefile.demo"
+PORTS = range(10_000, 30_000)
+START_SECONDS = 20.0  # how long a slow machine may take to start Python twice
+STOP_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One question. expect: patterns that must be in the output; `{service}` in a pattern is
+    the address that the first question brought. like: how one asks with other tools."""
+
+    why: str
+    command: str
+    expect: tuple[str, ...]
+    code: int = 0
+    like: str = ""
+
+
+STEPS = (
+    Step(
+        "A pod in namespace default asks for a Service by its short name. Its resolv.conf"
+        " completes the name; the first try is the right one.",
+        "kdns query myservice --search default",
+        (r"myservice\.default\.svc\.cluster\.local\. 30 IN A 10\.\d+\.\d+\.\d+$",),
+        like="getent hosts myservice",
+    ),
+    Step(
+        "By a partial name. This works from every namespace.",
+        "kdns query myservice.default --search shop",
+        (
+            r"myservice\.default\.shop\.svc\.cluster\.local\. -> NXDOMAIN",
+            r"myservice\.default\.svc\.cluster\.local\. 30 IN A {service}$",
+        ),
+        like="getent hosts myservice.default",
+    ),
+    Step(
+        "By its full name.",
+        "kdns query myservice.default.svc.cluster.local --short",
+        (r"^{service}$",),
+        like="dig +short myservice.default.svc.cluster.local",
+    ),
+    Step(
+        "NodePort and LoadBalancer Services have a cluster address too.",
+        "kdns query node-port --search default --short",
+        (r"^10\.\d+\.\d+\.\d+$",),
+    ),
+    Step(
+        "The DNS server itself, from another namespace.",
+        "kdns query kube-dns.kube-system.svc.cluster.local. --search shop",
+        (r"kube-dns\.kube-system\.svc\.cluster\.local\. 30 IN A 10\.96\.0\.10$",),
+        like="nslookup kube-dns.kube-system.svc.cluster.local",
+    ),
+    Step(
+        "Which name belongs to 10.96.0.10?",
+        "kdns query 10.96.0.10",
+        (r"10\.0\.96\.10\.in-addr\.arpa\. 30 IN PTR kube-dns\.kube-system\.svc\.cluster\.local\.",),
+        like="dig -x 10.96.0.10",
+    ),
+    Step(
+        "On which port is the Service's port named http? The address comes along.",
+        "kdns query _http._tcp.myservice.default.svc.cluster.local SRV",
+        (
+            r"IN SRV 0 100 8080 myservice\.default\.svc\.cluster\.local\.$",
+            r"^myservice\.default\.svc\.cluster\.local\. 30 IN A {service}$",
+        ),
+        like="dig SRV _http._tcp.myservice.default.svc.cluster.local",
+    ),
+    Step(
+        "An IPv6 address it does not have: no error, but no answer either (NODATA).",
+        "kdns query myservice.default.svc.cluster.local AAAA",
+        (r"status: NOERROR", r"^cluster\.local\. 30 IN SOA "),
+        like="dig AAAA myservice.default.svc.cluster.local",
+    ),
+    Step(
+        "A headless Service stands for its pods: one address each.",
+        "kdns query db.shop.svc.cluster.local --short",
+        (r"^(10\.244\.\d+\.\d+\n?){3}$",),
+    ),
+    Step(
+        "One pod of the database by its own name, for it keeps its identity.",
+        "kdns query db-0.db --search shop",
+        (r"^db-0\.db\.shop\.svc\.cluster\.local\. 30 IN A 10\.244\.\d+\.\d+$",),
+    ),
+    Step(
+        "Who are the members of the database, and on which port?",
+        "kdns query _postgres._tcp.db.shop.svc.cluster.local SRV",
+        tuple(rf"IN SRV 0 33 5432 db-{n}\.db\.shop\.svc\.cluster\.local\.$" for n in range(3)),
+    ),
+    Step(
+        "ExternalName: an alias for a name outside the cluster, which is looked up as well.",
+        "kdns query google-svc --search default",
+        (
+            r"google-svc\.default\.svc\.cluster\.local\. 30 IN CNAME google\.com\.",
+            r"google\.com\. \d+ IN A 192\.0\.2\.99",
+        ),
+        like="nslookup google-svc",
+    ),
+    Step(
+        "A name that does not exist: every completion is tried, and all say NXDOMAIN.",
+        "kdns query nosuchservice --search default",
+        (
+            r"nosuchservice\.default\.svc\.cluster\.local\. -> NXDOMAIN",
+            r"nosuchservice\.svc\.cluster\.local\. -> NXDOMAIN",
+            r"nosuchservice\.cluster\.local\. -> NXDOMAIN",
+            r"status: NXDOMAIN",
+        ),
+        code=1,
+        like="getent hosts nosuchservice",
+    ),
+    Step(
+        "A name outside: forwarded to the upstream.",
+        "kdns query www.example.org.",
+        (
+            r"www\.example\.org\. \d+ IN A 192\.0\.2\.80",
+            r"www\.example\.org\. \d+ IN A 192\.0\.2\.81",
+        ),
+        like="dig www.example.org",
+    ),
+    Step(
+        "Who takes mail for it? Asked over TCP this time.",
+        "kdns query example.org. MX --tcp",
+        (r"IN MX 10 mail\.example\.org\.$", r"over tcp"),
+    ),
+)
+
+
+class Failed(Exception):
+    """The walk-through cannot go on; the text says why."""
+
+
+def main() -> int:
+    """Run the walk-through; return the exit code."""
+    try:
+        return walk_through(free_ports(2))
+    except Failed as e:
+        print(f"walkthrough: {e}", file=sys.stderr)
+        return 1
+
+
+def walk_through(ports: list[int]) -> int:
+    """Start the server, ask, stop it. Raises Failed if it does not serve."""
+    environ = os.environ | {
+        "KDNS_DEMO_PORT": str(ports[0]),
+        "KDNS_DEMO_UPSTREAM": str(ports[1]),
+        "KDNS_QUERY_SERVER": "127.0.0.1",
+        "KDNS_QUERY_PORT": str(ports[0]),
+    }
+    print(f"$ KDNS_DEMO_PORT={ports[0]} KDNS_DEMO_UPSTREAM={ports[1]} kdns serve -conf {COREFILE}")
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "kdns", "serve", "-conf", COREFILE],
+            cwd=PROJECT, env=environ, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            wait_ready(server, Server("127.0.0.1", ports[0]))
+            print(written(log))
+            print(f"$ export KDNS_QUERY_SERVER=127.0.0.1 KDNS_QUERY_PORT={ports[0]}\n")
+            wrong = ask_all(environ)
+        except Failed as e:
+            raise Failed(f"{e}\n{written(log)}") from None
+        finally:
+            stop(server)
+    if server.returncode != 0:
+        print(f"walkthrough: kdns left with {server.returncode}", file=sys.stderr)
+        return 1
+    if wrong:
+        print(f"walkthrough: {wrong} of {len(STEPS)} answers are not the expected ones")
+        return 1
+    print(f"All {len(STEPS)} answers are the expected ones.")
+    return 0
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of 127.0.0.1 that are free over UDP and TCP just now.
+
+    Below those that the kernel hands out by itself, so that nobody else is given them
+    between this look and the server's start.
+    """
+    ports: list[int] = []
+    for port in random.sample(PORTS, 200):
+        with (
+            socket.socket(socket.AF_INET, socket.SOCK_STREAM) as tcp,
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
+        ):
+            try:
+                tcp.bind(("127.0.0.1", port))
+                udp.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise Failed("found no free port on 127.0.0.1")
+
+
+def wait_ready(process: subprocess.Popen[bytes], server: Server) -> None:
+    """Wait until the server answers for the cluster with something else than SERVFAIL."""
+    name = parse_name("kube-dns.kube-system.svc.cluster.local.")
+    deadline = time.monotonic() + START_SECONDS
+    why = "it did not answer"
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise Failed(f"kdns ended with {process.returncode} instead of serving:")
+        try:
+            message = ask(server, name, t.A, timeout=0.5, tries=1).message
+        except NoAnswer as e:
+            why = str(e)
+        else:
+            if message.rcode != t.SERVFAIL:
+                return
+            why = "it still answers SERVFAIL"
+        time.sleep(0.05)
+    raise Failed(f"kdns was not ready after {START_SECONDS:g} s: {why}")
+
+
+def ask_all(environ: dict[str, str]) -> int:
+    """Ask every question, print questions and answers; return how many answers are wrong."""
+    wrong = 0
+    service = ""
+    for number, step in enumerate(STEPS, 1):
+        print(f"# {number}. {step.why}")
+        if step.like:
+            print(f"#    (as with: {step.like})")
+        print(f"$ {step.command}")
+        words = shlex.split(step.command)
+        done = subprocess.run(
+            [sys.executable, "-m", *words], cwd=PROJECT, env=environ, capture_output=True,
+            text=True, timeout=30, check=False,
+        )  # fmt: skip
+        output = done.stdout + done.stderr
+        print(output)
+        if not service:
+            found = re.search(r" IN A (\S+)$", output, re.MULTILINE)
+            service = found[1] if found else "no address was found"
+        patterns = [p.replace("{service}", re.escape(service)) for p in step.expect]
+        missing = [p for p in patterns if not re.search(p, output, re.MULTILINE)]
+        for pattern in missing:
+            print(f"walkthrough: this answer should have had: {pattern}")
+        if done.returncode != step.code:
+            print(f"walkthrough: left with {done.returncode}, should have been {step.code}")
+        if missing or done.returncode != step.code:
+            wrong += 1
+    return wrong
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End the server as Kubernetes does: SIGTERM first."""
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def written(log: IO[str]) -> str:
+    """Return what the server has written."""
+    log.seek(0)
+    return log.read()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

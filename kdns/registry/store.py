@@ -1,0 +1,288 @@
+"""The registry's one writer: takes what a source says and publishes snapshots of it.
+
+Decides what is a true change (an object equal in the fields we read is dropped) and which
+changes bump the SOA serial (reference 1.9). Whoever is compiled from a snapshot is told
+the keys that changed. A snapshot shares all namespaces that did not change with the one
+before it, so publishing costs what changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Generic, TypeVar
+
+from kdns.registry.endpoints import published
+from kdns.registry.objects import (
+    NAMESPACE,
+    SERVICE_NAME_LABEL,
+    EndpointSlice,
+    Key,
+    Kind,
+    Meta,
+    Namespace,
+    Object,
+    Pod,
+    Service,
+    key_of,
+)
+from kdns.registry.snapshot import Changes, Snapshot
+from kdns.registry.spec import KubeSpec, ManifestSpec
+
+T = TypeVar("T")
+
+
+class Shelf(Generic[T]):
+    """namespace -> name -> T, copied on the first write after it was published."""
+
+    def __init__(self) -> None:
+        self._spaces: dict[str, dict[str, T]] = {}
+        self._shared = False  # the outer dict belongs to a snapshot too
+        self._own: set[str] = set()  # namespaces whose dict belongs to no snapshot
+
+    def get(self, key: Key) -> T | None:
+        space = self._spaces.get(key[0])
+        return None if space is None else space.get(key[1])
+
+    def put(self, key: Key, value: T) -> None:
+        self._writable(key[0])[key[1]] = value
+
+    def remove(self, key: Key) -> None:
+        """Remove a key; one that is not there is no fault."""
+        if self.get(key) is None:
+            return
+        space = self._writable(key[0])
+        del space[key[1]]
+        if not space:
+            del self._spaces[key[0]]
+            self._own.discard(key[0])
+
+    def _writable(self, namespace: str) -> dict[str, T]:
+        if self._shared:
+            self._spaces = self._spaces.copy()
+            self._shared = False
+        if namespace not in self._own:
+            self._spaces[namespace] = self._spaces.get(namespace, {}).copy()
+            self._own.add(namespace)
+        return self._spaces[namespace]
+
+    def publish(self) -> Mapping[str, Mapping[str, T]]:
+        """Return the content as it stands; it will not change any more."""
+        self._shared = True
+        self._own.clear()
+        return self._spaces
+
+
+class Store:
+    """Holds the objects of one source. Not thread-safe: one writer.
+
+    kinds -- what must have been listed once before the registry counts as synced
+    """
+
+    def __init__(self, kinds: Iterable[Kind]) -> None:
+        self._waiting: set[Kind] = set(kinds)
+        self._objects: dict[Kind, dict[Key, Object]] = {}
+        self._services: Shelf[Service] = Shelf()
+        self._slices: Shelf[tuple[EndpointSlice, ...]] = Shelf()
+        self._pods: Shelf[Pod] = Shelf()
+        self._namespaces: Shelf[Namespace] = Shelf()
+        # service key -> slice name -> slice
+        self._members: dict[Key, dict[str, EndpointSlice]] = {}
+        self._changed_services: set[Key] = set()
+        self._changed_slices: set[Key] = set()  # by service key
+        self._changed_namespaces: set[str] = set()
+        self._changed_pods: set[Key] = set()
+        self._bump = False
+        self._synced_told = False
+        self._last = Snapshot()
+
+    @classmethod
+    def of(cls, spec: KubeSpec | ManifestSpec) -> Store:
+        """Return the empty store for what a source of this spec tells of."""
+        return cls(spec.kinds)
+
+    @property
+    def synced(self) -> bool:
+        """True once every kind waited for was listed; it stays true."""
+        return not self._waiting
+
+    def replace(
+        self, kind: Kind, objects: Iterable[Object], keep: Collection[Key] = frozenset()
+    ) -> None:
+        """Take a full list. What is not in it is gone, apart from the keys in `keep`: those
+        were listed but broken, and their last good version stays."""
+        fresh = {key_of(obj): obj for obj in objects}
+        held = self._objects.get(kind, {})
+        for key in [key for key in held if key not in fresh and key not in keep]:
+            self._remove(kind, key)
+        for key, obj in fresh.items():
+            self._put(kind, key, obj)
+
+    def apply(self, kind: Kind, event: str, obj: Object) -> None:
+        """Take one watch event: ADDED, MODIFIED or DELETED."""
+        if event == "DELETED":
+            self._remove(kind, key_of(obj))
+        else:
+            self._put(kind, key_of(obj), obj)
+
+    def mark_synced(self, kind: Kind) -> None:
+        """Note that all objects of a kind have been listed once."""
+        self._waiting.discard(kind)
+
+    def publish(self, now: int) -> tuple[Snapshot, Changes] | None:
+        """Return what stands now and what changed since the last call, None if nothing did.
+
+        now -- Unix seconds, the SOA serial if one is due
+        """
+        resynced = self.synced and not self._synced_told
+        changes = Changes(
+            frozenset(self._changed_services | self._changed_slices),
+            frozenset(self._changed_namespaces),
+            frozenset(self._changed_pods),
+            resynced,
+        )
+        if not changes:
+            return None
+        for key in self._changed_slices:
+            members = self._members.get(key)
+            if members:
+                self._slices.put(key, tuple(members[name] for name in sorted(members)))
+            else:
+                self._slices.remove(key)
+        last = self._last
+        self._last = Snapshot(
+            revision=last.revision + 1,
+            services=self._services.publish(),
+            slices=self._slices.publish(),
+            namespaces=self._namespaces.publish().get("", {}),
+            pods=self._pods.publish(),
+            synced=self.synced,
+            changed_at=now if self._bump else last.changed_at,
+        )
+        self._changed_services.clear()
+        self._changed_slices.clear()
+        self._changed_namespaces.clear()
+        self._changed_pods.clear()
+        self._bump = False
+        self._synced_told = self.synced
+        return self._last, changes
+
+    # --- one object -------------------------------------------------------------------
+
+    def _put(self, kind: Kind, key: Key, obj: Object) -> None:
+        objects = self._objects.setdefault(kind, {})
+        old = objects.get(key)
+        if old is not None and same(old, obj):
+            return
+        objects[key] = obj
+        self._bump = self._bump or bumps_serial(old, obj)
+        match obj:
+            case Service():
+                self._services.put(key, obj)
+                self._changed_services.add(key)
+            case EndpointSlice():
+                before = service_key(old) if isinstance(old, EndpointSlice) else None
+                after = service_key(obj)
+                if before is not None and before != after:
+                    self._leave(before, key[1])
+                if after is not None:
+                    self._members.setdefault(after, {})[key[1]] = obj
+                    self._changed_slices.add(after)
+            case Namespace():
+                self._namespaces.put(key, obj)
+                self._changed_namespaces.add(key[1])
+            case Pod():
+                self._pods.put(key, obj)
+                self._changed_pods.add(key)
+
+    def _remove(self, kind: Kind, key: Key) -> None:
+        old = self._objects.get(kind, {}).pop(key, None)
+        if old is None:
+            return
+        self._bump = self._bump or kind != NAMESPACE
+        match old:
+            case Service():
+                self._services.remove(key)
+                self._changed_services.add(key)
+            case EndpointSlice():
+                service = service_key(old)
+                if service is not None:
+                    self._leave(service, key[1])
+            case Namespace():
+                self._namespaces.remove(key)
+                self._changed_namespaces.add(key[1])
+            case Pod():
+                self._pods.remove(key)
+                self._changed_pods.add(key)
+
+    def _leave(self, service: Key, slice_name: str) -> None:
+        members = self._members[service]
+        del members[slice_name]
+        if not members:
+            del self._members[service]
+        self._changed_slices.add(service)
+
+
+def service_key(one: EndpointSlice) -> Key | None:
+    """Return the Service a slice belongs to; None if it names none."""
+    name = (one.metadata.labels or {}).get(SERVICE_NAME_LABEL)
+    return (one.metadata.namespace, name) if name else None
+
+
+def same(a: Object, b: Object) -> bool:
+    """True if two versions of an object are equal in all that is read of it.
+
+    The resourceVersion is not: it changes with every write of a field we do not know.
+    """
+    if a.metadata.resource_version == b.metadata.resource_version and a.metadata == b.metadata:
+        return a == b
+    if not _same_meta(a.metadata, b.metadata):
+        return False
+    match a, b:
+        case Service(), Service():
+            return a.spec == b.spec
+        case EndpointSlice(), EndpointSlice():
+            return (
+                a.address_type == b.address_type
+                and a.endpoints == b.endpoints
+                and a.ports == b.ports
+            )
+        case Pod(), Pod():
+            return a.status == b.status
+        case Namespace(), Namespace():
+            return True
+    return False
+
+
+def _same_meta(a: Meta, b: Meta) -> bool:
+    return (
+        a.uid == b.uid
+        and a.labels == b.labels
+        and a.annotations == b.annotations
+        and a.deletion_timestamp == b.deletion_timestamp
+    )
+
+
+def bumps_serial(old: Object | None, new: Object) -> bool:
+    """Decide whether a new or changed object changes the SOA serial (reference 1.9, 1.19).
+
+    Namespaces never do, nor does a clusterIP that changes by update.
+    """
+    if isinstance(new, Namespace):
+        return False
+    match old, new:
+        case Service(), Service():
+            return old.spec.external_name != new.spec.external_name or [
+                (p.name, p.port, p.protocol) for p in old.spec.ports or ()
+            ] != [(p.name, p.port, p.protocol) for p in new.spec.ports or ()]
+        case EndpointSlice(), EndpointSlice():
+            return _endpoints_shown(old) != _endpoints_shown(new)
+        case Pod(), Pod():
+            return old.status.pod_ip != new.status.pod_ip
+    return True
+
+
+def _endpoints_shown(one: EndpointSlice) -> object:
+    return (
+        [(address, endpoint.hostname or "") for endpoint, address, _, _ in published((one,))],
+        [(p.name or "", p.port, p.protocol or "") for p in one.ports or ()],
+    )

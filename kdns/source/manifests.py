@@ -1,0 +1,252 @@
+"""The registry's source that is files and folders of manifests, watched for change.
+
+Decides which files count and what to do when one is broken: its last good objects stay. What
+a cluster would make of the documents is registry/manifests.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import yaml
+
+from kdns.errors import Unreachable
+from kdns.metrics import Metrics
+from kdns.registry.manifests import Compiled, Document, compile_manifests
+from kdns.registry.objects import ENDPOINT_SLICE, NAMESPACE, POD, SERVICE
+from kdns.registry.spec import ManifestSpec
+from kdns.source.sink import Sink, Tally, log
+
+SUFFIXES = (".yaml", ".yml", ".json")
+MAX_FILE = 64 << 20  # octets; a dump of 10,000 Services is some 20 MiB
+MAX_DEPTH = 100  # of nested YAML; libyaml's composer overruns the stack at some 10,000
+MAX_NODES = 20_000_000  # a file may expand to by its aliases ("billion laughs")
+MAX_FILES = 10_000  # a folder given by mistake, such as /, is not read to its end
+
+_Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_Base):  # type: ignore[misc]
+    """YAML as kubectl reads it: a date stays the text it is written as."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in _Base.yaml_implicit_resolvers.items()
+}
+
+
+@dataclass(slots=True)
+class _File:
+    """One file as it was last read. stamp -- what tells that it changed."""
+
+    stamp: tuple[int, int, int] = (0, 0, 0)
+    documents: list[Document] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Look:
+    """What one look at the files found.
+
+    unknown -- paths of which it is not known what they would hold, and why
+    broken  -- files that have just been found broken, and why
+    """
+
+    changed: bool = False
+    unknown: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+
+
+class ManifestSource:
+    """Follows files and folders for ever. run() ends only by cancellation."""
+
+    def __init__(self, spec: ManifestSpec, sink: Sink, metrics: Metrics) -> None:
+        self._spec = spec
+        self._sink = sink
+        self._tally = Tally(metrics)
+        self._files: dict[str, _File] = {}
+        self._told = False
+        self._synced = False
+
+    async def run(self) -> None:
+        """Look at the files now and every `interval` seconds."""
+        while True:
+            # In a thread: reading must not hold up answers.
+            look, compiled = await asyncio.to_thread(self._look_and_compile)
+            self._tell(look, compiled)
+            await asyncio.sleep(self._spec.interval)
+
+    def _look_and_compile(self) -> tuple[_Look, Compiled | None]:
+        look = self._look()
+        if not look.changed and self._told:
+            return look, None
+        documents = [doc for path in sorted(self._files) for doc in self._files[path].documents]
+        return look, compile_manifests(documents, self._spec)
+
+    def _tell(self, look: _Look, compiled: Compiled | None) -> None:
+        for text in look.broken:
+            log.warning("%s; its last good objects stay", text)
+            self._tally.failed("manifests", "broken")
+        sink = self._sink
+        if compiled is not None:
+            for where, error in compiled.errors:
+                self._tally.skipped(error, where)
+            sink.replace(NAMESPACE, compiled.namespaces)
+            sink.replace(POD, compiled.pods)
+            sink.replace(ENDPOINT_SLICE, compiled.slices)
+            sink.replace(SERVICE, compiled.services)
+            self._told = True
+        if look.unknown:
+            # Names there may be, as with an API server out of reach: not synced before.
+            failure = Unreachable(f"manifests: {'; '.join(look.unknown)}")
+            self._tally.failed("manifests", "unreachable")
+            sink.failed(failure, self._spec.interval)
+            return
+        sink.heard()
+        if not self._synced:
+            self._synced = True
+            for kind in self._spec.kinds:
+                sink.mark_synced(kind)
+
+    # --- files ------------------------------------------------------------------------
+
+    def _look(self) -> _Look:
+        """Read what is new or changed, forget what is gone."""
+        look = _Look()
+        seen: set[str] = set()
+        for path in self._spec.paths:
+            found = list(islice(_files_below(path), MAX_FILES + 1))
+            if len(found) > MAX_FILES:
+                look.unknown.append(f"{path} holds over {MAX_FILES} manifests")
+                found = []
+            elif not found and not os.path.exists(path):
+                look.unknown.append(f"{path} does not exist")
+                # Its last good objects stay: a volume may come back.
+                seen.update(p for p in self._files if p == path or p.startswith(path + os.sep))
+            seen.update(found)
+            for file in found:
+                self._read(file, look)
+        for gone in self._files.keys() - seen:
+            del self._files[gone]
+            look.changed = True
+        return look
+
+    def _read(self, path: str, look: _Look) -> None:
+        known = self._files.get(path, _File())
+        try:
+            status = os.stat(path)
+            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if stamp == known.stamp:
+                return
+            if status.st_size > MAX_FILE:
+                raise ValueError(f"{path}: over {MAX_FILE >> 20} MiB; not read")
+            with open(path, "rb") as file:
+                content = file.read(MAX_FILE)
+        except FileNotFoundError:
+            return  # gone between listing and reading; the next look sees it
+        except OSError as e:
+            if known.stamp != (-1, 0, 0):  # say it once
+                look.broken.append(f"{path}: {e.strerror or e}")
+            self._files[path] = _File((-1, 0, 0), known.documents)
+            return
+        except ValueError as e:
+            look.broken.append(str(e))
+            self._files[path] = _File(stamp, known.documents)
+            return
+        try:
+            documents = parse_documents(path, content)
+        except ValueError as e:
+            look.broken.append(str(e))
+            documents = known.documents
+        self._files[path] = _File(stamp, documents)
+        look.changed = True
+
+
+def _files_below(path: str) -> Iterator[str]:
+    """Yield a file itself, or the manifests of a folder and those below it."""
+    if os.path.isfile(path):
+        yield path
+        return
+    for folder, folders, names in os.walk(path, followlinks=False):
+        # Hidden ones are editors', git's, and the copies a ConfigMap volume keeps (..data).
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for name in sorted(names):
+            if name.endswith(SUFFIXES) and not name.startswith("."):
+                yield os.path.join(folder, name)
+
+
+def parse_documents(path: str, content: bytes) -> list[Document]:
+    """Return the documents of a file. Raises ValueError: "FILE:LINE: what is wrong"."""
+    if path.endswith(".json"):
+        try:
+            return [Document(f"{path}:1", json.loads(content))]
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path}:{e.lineno}: not JSON: {e.msg}") from None
+        except (UnicodeDecodeError, RecursionError) as e:
+            raise ValueError(f"{path}: not JSON: {e}") from None
+    documents: list[Document] = []
+    try:
+        _check_shape(path, content)
+        loader = _Loader(content)
+        try:
+            while loader.check_node():
+                node = loader.get_node()
+                value = loader.construct_document(node)
+                if value is not None:  # nothing between two `---`
+                    documents.append(Document(f"{path}:{node.start_mark.line + 1}", value))
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as e:
+        mark = e.problem_mark or e.context_mark
+        line = f":{mark.line + 1}" if mark is not None else ""
+        raise ValueError(f"{path}{line}: not YAML: {e.problem or e.context}") from None
+    except _BadShape:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        # A ValueError: an integer or a float in YAML's eyes that Python cannot read.
+        raise ValueError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
+    return documents
+
+
+class _BadShape(ValueError):
+    """Nested too deep, or grown without bound by aliases."""
+
+
+def _check_shape(path: str, content: bytes) -> None:
+    """Raise _BadShape for YAML that would harm its reader; walks events, so that it takes
+    neither stack nor memory itself."""
+    sizes: dict[str, int] = {}  # anchor -> nodes below it
+    open_nodes: list[tuple[str | None, int]] = []  # anchor, nodes so far
+    for event in yaml.parse(content, Loader=_Loader):
+        size = 1
+        anchor: str | None = getattr(event, "anchor", None)
+        line = event.start_mark.line + 1 if event.start_mark is not None else 0
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((anchor, 1))
+            if len(open_nodes) > MAX_DEPTH:
+                raise _BadShape(f"{path}:{line}: nested over {MAX_DEPTH} deep")
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_nodes.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            if anchor is None or anchor not in sizes:
+                raise _BadShape(f"{path}:{line}: '*{anchor}' has no '&{anchor}' that ends before")
+            anchor, size = None, sizes[anchor]
+        elif isinstance(event, yaml.DocumentStartEvent):
+            sizes.clear()
+            continue
+        elif not isinstance(event, yaml.ScalarEvent):
+            continue
+        if anchor is not None:
+            sizes[anchor] = size
+        if size > MAX_NODES:
+            raise _BadShape(f"{path}:{line}: its aliases expand to over {MAX_NODES} nodes")
+        if open_nodes:
+            outer, before = open_nodes[-1]
+            open_nodes[-1] = (outer, before + size)
