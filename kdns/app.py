@@ -7,21 +7,21 @@ as a whole, after everything new has been opened.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
-import platform
 import signal
 import ssl
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
-from kdns import __version__
 from kdns.dns.message import Reply
 from kdns.dns.name import BadName, parse_name
 from kdns.dns.text import render_rr
 from kdns.errors import ConfigError, Problem
+from kdns.logs import START, start_lines
 from kdns.metrics import Metrics
 from kdns.pipeline import Pipeline
 from kdns.plugins.plugin import (
@@ -29,11 +29,9 @@ from kdns.plugins.plugin import (
     Every,
     Feed,
     HttpRoute,
-    Plugin,
     Probe,
     WatchFile,
     WatchFolder,
-    Work,
 )
 from kdns.registry.snapshot import dump_snapshot, everything
 from kdns.registry.spec import KubeSpec, ManifestSpec
@@ -46,8 +44,10 @@ from kdns.server.upstream import UpstreamPool
 from kdns.site import Site, build_site, places_of, read_corefile
 
 log = logging.getLogger("kdns")
+start = logging.getLogger(START)
 
 RESOLV_CONF = "/etc/resolv.conf"
+VERIFYING = frozenset(("require_and_verify", "verify_if_given"))
 
 
 class App:
@@ -63,12 +63,10 @@ class App:
         *,
         text: str | None = None,
         dns_port: int = 53,
-        quiet: bool = False,
     ) -> None:
         self.conf = conf
         self.text = text
         self.dns_port = dns_port
-        self.quiet = quiet
         self.metrics = Metrics()
         self.metrics.before_scrape.append(self._settle)
         self.listeners: dict[Place, Listener] = {}
@@ -77,9 +75,12 @@ class App:
         self._http: dict[str, HttpServer] = {}
         self._upstreams: UpstreamPool | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._follower: asyncio.Task[None] | None = None
         self._feeds: list[tuple[Pipeline, Any]] = []
         self._group: asyncio.TaskGroup | None = None
         self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._wanted = asyncio.Event()
         self._refused = ""
         self._reload_failed = self.metrics.counter(
             "coredns_reload_failed_total", "Counter of the number of failed reload attempts."
@@ -109,7 +110,7 @@ class App:
             self._say_started()
             if started is not None:
                 started()
-            self._group.create_task(self._follow_corefile())
+            self._follower = self._group.create_task(self._follow_corefile())
             await self._stop.wait()
             await self._lameduck()
         finally:
@@ -118,8 +119,7 @@ class App:
     def stop(self) -> None:
         """Begin to stop; a second call skips the lameduck time."""
         if self._stop.is_set():
-            for task in self._tasks:
-                task.cancel()
+            self._hurry.set()
         self._stop.set()
 
     def port(self, scheme: str = "dns") -> int:
@@ -157,7 +157,7 @@ class App:
             raise
         await self._retire(site, new, http, feeds)
         self.site = site
-        self._start_work(site, plugins, work)
+        self._start_work(site)
 
     async def _open_listeners(
         self, site: Site, feeds: list[tuple[Pipeline, Feed]]
@@ -270,41 +270,19 @@ class App:
 
     # --- what plugins want done -------------------------------------------------------
 
-    def _start_work(self, site: Site, plugins: Sequence[Plugin], work: Sequence[Work]) -> None:
-        for item in work:
-            if isinstance(item, (WatchFile, WatchFolder)):
-                self._spawn(files.follow(item, self._forget_all))
-            elif isinstance(item, Every):
-                self._spawn(_every(item))
-            elif isinstance(item, Probe):
-                self._spawn(self._probe(site, item))
+    def _start_work(self, site: Site) -> None:
+        for block in site.blocks:
+            for item in [w for plugin in block.plugins for w in plugin.work()]:
+                if isinstance(item, (WatchFile, WatchFolder)):
+                    self._spawn(files.follow(item, self._forget_all))
+                elif isinstance(item, Every):
+                    self._spawn(_every(item))
+                elif isinstance(item, Probe):
+                    self._spawn(_probe(self.listeners[places_of(block)[0]], item))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         assert self._group is not None
         self._tasks.append(self._group.create_task(_contained(work)))
-
-    async def _probe(self, site: Site, probe: Probe) -> None:
-        """Put the `loop` plugin's question to this server, over its own chain."""
-        deadline = time.monotonic() + probe.seconds
-        listener = next(
-            (x for x in self.listeners.values() if x.place.scheme in ("dns", "tls")), None
-        )
-        while listener is not None and not probe.done() and time.monotonic() < deadline:
-            answered = asyncio.Event()
-
-            def done(reply: Reply | Drop, answered: asyncio.Event = answered) -> None:
-                answered.set()
-
-            query = probe.query.asking()
-            query.received = time.monotonic()
-            if isinstance(listener.exchange.answer(query, done), (Reply, Drop)):
-                answered.set()
-            try:
-                async with asyncio.timeout(probe.interval):
-                    await answered.wait()
-                return
-            except TimeoutError:
-                continue
 
     def _forget_all(self) -> None:
         self._invalidate(None)
@@ -345,7 +323,6 @@ class App:
 
     async def _follow_corefile(self) -> None:
         """Reload when the Corefile's meaning changed (plugin `reload`) or on a signal."""
-        self._wanted = asyncio.Event()
         while True:
             wait = self._reload_interval()
             try:
@@ -411,8 +388,6 @@ class App:
     # --- start and end ----------------------------------------------------------------
 
     def _say_started(self) -> None:
-        if self.quiet:
-            return
         assert self.site is not None
         for block in self.site.blocks:
             for key in block.keys:
@@ -422,13 +397,9 @@ class App:
                         continue
                     port = self.listeners[place].port
                     on = f" on {place.address}" if place.address else ""
-                    print(f"{scheme}{key.zone}:{port}{on}", flush=True)
-        print(f"kdns-{__version__}", flush=True)
-        print(
-            f"{platform.system().lower()}/{platform.machine()},"
-            f" {platform.python_implementation()} {platform.python_version()}",
-            flush=True,
-        )
+                    start.info("%s%s:%d%s", scheme, key.zone, port, on)
+        for line in start_lines():
+            start.info("%s", line)
 
     async def _lameduck(self) -> None:
         assert self.site is not None
@@ -441,12 +412,9 @@ class App:
                 plugin.lameduck = True  # type: ignore[attr-defined]
         if seconds > 0:
             log.info("plugin/health: Going into lameduck mode for %gs", seconds)
-            self._stop.clear()
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
-                    await self._stop.wait()
-            except TimeoutError:
-                pass
+                    await self._hurry.wait()
 
     async def _close(self) -> None:
         for listener in self.listeners.values():
@@ -455,11 +423,10 @@ class App:
             await server.stop()
         if self._upstreams is not None:
             await self._upstreams.close()
-        current = asyncio.current_task()
-        assert self._group is not None
-        for task in list(self._group._tasks):  # type: ignore[attr-defined]
-            if task is not current:
-                task.cancel()
+        for task in (*self._tasks, *(task for _, task in self.pipelines.values())):
+            task.cancel()
+        if self._follower is not None:
+            self._follower.cancel()
 
 
 def settle_memory() -> None:
@@ -526,7 +493,10 @@ def _tls_context(site: Site, place: Place) -> ssl.SSLContext | None:
     plugin: Any = site.tls_of(place)
     if plugin is None:
         return None
-    return _context(plugin.cert, plugin.key, plugin.ca, plugin.client_auth)
+    context = _context(plugin.cert, plugin.key, plugin.ca, plugin.client_auth)
+    if plugin.keylog:
+        context.keylog_filename = plugin.keylog
+    return context
 
 
 def _context(cert: str, key: str, ca: str, client_auth: str = "nocert") -> ssl.SSLContext:
@@ -535,6 +505,8 @@ def _context(cert: str, key: str, ca: str, client_auth: str = "nocert") -> ssl.S
         context.load_cert_chain(cert, key)
         if ca:
             context.load_verify_locations(ca)
+        elif client_auth in VERIFYING:
+            context.load_default_certs(ssl.Purpose.CLIENT_AUTH)
     except (OSError, ssl.SSLError) as e:
         raise ConfigError([Problem(cert, 0, f"cannot use certificate and key: {e}")]) from e
     if client_auth in ("require", "require_and_verify"):
@@ -555,6 +527,25 @@ async def _follow_source(
         from kdns.source.kube import KubeSource
 
         await KubeSource(spec, pipeline, metrics).run()
+
+
+async def _probe(listener: Listener, probe: Probe) -> None:
+    """Put the `loop` plugin's question to a listener's own chain until it was answered."""
+    deadline = time.monotonic() + probe.seconds
+    while not probe.done() and time.monotonic() < deadline:
+        answered = asyncio.Event()
+
+        def done(reply: Reply | Drop, answered: asyncio.Event = answered) -> None:
+            answered.set()
+
+        query = probe.query.asking()
+        query.received = time.monotonic()
+        if isinstance(listener.exchange.answer(query, done), (Reply, Drop)):
+            answered.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(probe.interval):
+                await answered.wait()
+            return
 
 
 async def _every(item: Every) -> None:
@@ -582,10 +573,8 @@ def serve(
     text: str | None = None,
     dns_port: int = 53,
     pidfile: str | None = None,
-    quiet: bool = False,
 ) -> int:
     """Run the DNS server until a signal; return the exit code (0, or 2 for configuration)."""
-    import contextlib
     import sys
 
     if pidfile:
@@ -597,7 +586,7 @@ def serve(
             return 2
 
     async def main() -> None:
-        app = App(conf, text=text, dns_port=dns_port, quiet=quiet)
+        app = App(conf, text=text, dns_port=dns_port)
         loop = asyncio.get_running_loop()
 
         def started() -> None:

@@ -157,7 +157,7 @@ def serve(
     from kdns.logs import setup_logging
 
     setup_logging(sys.stdout, quiet)
-    return app.serve(conf, text=text, dns_port=dns_port, pidfile=pidfile, quiet=quiet)
+    return app.serve(conf, text=text, dns_port=dns_port, pidfile=pidfile)
 
 
 @cli.command()

@@ -16,7 +16,7 @@ class RunningKdns:
     """`async with RunningKdns(corefile_text) as kdns:` — use port 0 and `bind 127.0.0.1`."""
 
     def __init__(self, text: str | None = None, conf: str | None = None) -> None:
-        self.app = App(conf, text=text, dns_port=0, quiet=True)
+        self.app = App(conf, text=text, dns_port=0)
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> RunningKdns:

@@ -47,6 +47,9 @@ class FakeApp(ModuleType):
         self.served.append({"conf": path, "dns_port": dns_port})
         return self.problems
 
+    def hush(self, quiet: bool) -> None:
+        self.quiet = quiet
+
     def dump(self, stage: str, conf: str | None, manifests: tuple[str, ...]) -> Iterator[str]:
         self.dumped.append((stage, conf, manifests))
         yield "line one"
@@ -58,12 +61,12 @@ def app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeApp:
     fake = FakeApp()
     monkeypatch.setitem(sys.modules, "kdns.app", fake)
     monkeypatch.setattr(kdns, "app", fake, raising=False)
-    monkeypatch.setattr("kdns.logs.setup_logging", lambda stream, quiet: None)
+    monkeypatch.setattr("kdns.logs.setup_logging", lambda stream, quiet: fake.hush(quiet))
     monkeypatch.chdir(tmp_path)
     return fake
 
 
-DEFAULTS = {"text": None, "dns_port": 53, "pidfile": None, "quiet": False}
+DEFAULTS = {"text": None, "dns_port": 53, "pidfile": None}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,7 @@ def test_coredns_flags_with_and_without_the_word_serve(
     app: FakeApp, line: str, expected: dict[str, Any]
 ) -> None:
     assert cli.run(line.split()) == 0
+    assert app.quiet == expected.pop("quiet", False)
     assert app.served == [DEFAULTS | expected]
 
 

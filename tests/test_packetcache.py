@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -80,7 +81,8 @@ def test_repeats_are_counted_in_the_metrics_of_the_first() -> None:
 
 def test_counts_survive_being_dropped_and_cleared() -> None:
     cell = Cell()
-    for forget in (lambda c: c.drop(["x"]), lambda c: c.clear()):
+    ways: list[Callable[[PacketCache], None]] = [lambda c: c.drop(["x"]), PacketCache.clear]
+    for forget in ways:
         reply = Reply(keep=FOREVER, deps=("x",))
         reply.count(cell)
         cache = kept(reply)

@@ -21,6 +21,7 @@ from running import RunningKdns
 from upstream_server import UpstreamServer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+pytestmark = pytest.mark.asyncio
 NAMES = ("kubeadm", "minimal", "noendpoints", "verified")
 
 # (recording, name, type) -> what kdns does differently, each a row in docs/COREDNS.md.

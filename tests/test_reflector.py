@@ -139,14 +139,21 @@ def test_a_server_that_fails_at_streaming_only_is_listed_by_pages() -> None:
     assert "limit" in ask(one)
 
 
-def test_versions_are_kept_from_events_and_bookmarks() -> None:
+@pytest.mark.parametrize(
+    ("lines", "version"),
+    [
+        (b"", "20"),
+        (event("MODIFIED", obj("web", 23)), "23"),
+        (event("MODIFIED", obj("web", 23, ports="bad")), "23"),
+        (event("DELETED", obj("web", 24)), "24"),
+        (event("MODIFIED", obj("web", 23)) + bookmark(40), "40"),
+    ],
+)
+def test_a_watch_goes_on_from_the_last_event_or_bookmark(lines: bytes, version: str) -> None:
     one = watching()
-    assert one.resource_version == "20"
-    one.on_chunk(event("MODIFIED", obj("web", 23)), 1.0)
-    assert one.resource_version == "23"
-    one.on_chunk(bookmark(40), 60.0)
-    one.on_quiet(200.0)
-    assert ask(one)["resourceVersion"] == "40"
+    one.on_chunk(lines, 60.0)
+    assert one.on_quiet(200.0) == []
+    assert ask(one)["resourceVersion"] == version
 
 
 def test_a_bookmark_that_goes_back_means_another_history() -> None:
@@ -310,17 +317,24 @@ def test_a_broken_object_is_skipped_and_kept_in_mind() -> None:
     assert names(emits[1]) == ["good"] and emits[1].keep == {("default", "bad")}
 
 
+LINES = [
+    bookmark(20, end=True),
+    bookmark(5),
+    event("ADDED", obj("a", 30)),
+    event("ERROR", json.loads(GONE)),
+    b"{}\n",
+    b"\n",
+]
+PAGES = [page("a"), page("b", following="t"), b"", GONE]
 steps = st.lists(
     st.one_of(
-        st.binary(max_size=30).map(lambda b: ("chunk", b)),
-        st.sampled_from([bookmark(20, True), bookmark(5), event("ADDED", obj("a", 30)),
-                         event("ERROR", json.loads(GONE)), b"{}\n", b"\n"]).map(lambda b: ("chunk", b)),
-        st.sampled_from([page("a"), page("b", following="t"), b"", GONE]).map(lambda b: ("page", b)),
-        st.sampled_from([401, 410, 422, 429, 500]).map(lambda n: ("refused", n)),
-        st.sampled_from([("eof", b""), ("quiet", b""), ("failure", b"")]),
+        st.tuples(st.just("chunk"), st.binary(max_size=30) | st.sampled_from(LINES)),
+        st.tuples(st.just("page"), st.sampled_from(PAGES)),
+        st.tuples(st.just("refused"), st.sampled_from([401, 410, 422, 429, 500])),
+        st.tuples(st.sampled_from(["eof", "quiet", "failure"]), st.just(b"")),
     ),
     max_size=30,
-)  # fmt: skip
+)
 
 
 @given(steps)

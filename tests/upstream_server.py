@@ -78,12 +78,12 @@ class ZoneAnswers:
             self._fill(reply, name, rdtype)
         else:
             reply.set_rcode(dns.rcode.REFUSED)
-        wire = reply.to_wire()
+        wire = reply.to_wire(want_shuffle=False)
         if asked.proto == "udp" and len(wire) > 512:
             for section in (reply.answer, reply.authority, reply.additional):
                 section.clear()
             reply.flags |= dns.flags.TC
-            wire = reply.to_wire()
+            wire = reply.to_wire(want_shuffle=False)
         return [wire]
 
     def _fill(
@@ -144,7 +144,7 @@ def records(*lines: str, rcode: str = "NOERROR", flags: str = "") -> Behaviour:
             name = asked.name if owner == "@" else owner
             rrset = dns.rrset.from_text(name, int(ttl), rdclass, rdtype, rdata)
             reply.answer.append(rrset)
-        return [reply.to_wire()]
+        return [reply.to_wire(want_shuffle=False)]
 
     return answer
 
@@ -157,8 +157,9 @@ class UpstreamServer:
     """Serves UDP and TCP on one port of 127.0.0.1 (or `host`) while entered; with `tls` also
     DNS over TLS on `tls_port`.
 
-    asked     -- what arrived, in order
-    behaviour -- may be replaced at any time
+    asked       -- what arrived, in order
+    behaviour   -- may be replaced at any time
+    connections -- how many were made so far; open: those that still are
     """
 
     def __init__(
@@ -183,7 +184,7 @@ class UpstreamServer:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._closing: list[Callable[[], None]] = []
-        self._writers: set[asyncio.StreamWriter] = set()
+        self.open: set[_Frames] = set()
         self._transport: Any = None
 
     @property
@@ -237,8 +238,8 @@ class UpstreamServer:
         """Close all TCP and TLS connections from this side and wait until that is done."""
 
         async def close() -> None:
-            for writer in list(self._writers):
-                writer.close()
+            for connection in list(self.open):
+                connection.transport.close()
 
         self._call(close())
 
@@ -256,8 +257,8 @@ class UpstreamServer:
                 if self.port:
                     raise
         if self._tls is not None:
-            server = await asyncio.start_server(
-                lambda r, w: self._serve(r, w, "tls"), self.host, 0, ssl=self._tls
+            server = await self._loop.create_server(
+                lambda: _Frames(self, "tls"), self.host, 0, ssl=self._tls
             )
             self._closing.append(server.close)
             self.tls_port = server.sockets[0].getsockname()[1]
@@ -268,8 +269,8 @@ class UpstreamServer:
         )
         port = self._transport.get_extra_info("sockname")[1]
         if self._tcp:
-            server = await asyncio.start_server(
-                lambda r, w: self._serve(r, w, "tcp"), self.host, port, family=family
+            server = await self._loop.create_server(
+                lambda: _Frames(self, "tcp"), self.host, port, family=family
             )
             self._closing.append(server.close)
         if not self._udp:
@@ -280,29 +281,10 @@ class UpstreamServer:
         self._transport.close()
         for close in self._closing:
             close()
-        for writer in list(self._writers):
-            writer.close()
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, proto: str
-    ) -> None:
-        self.connections += 1
-        self._writers.add(writer)
-        try:
-            while True:
-                size = int.from_bytes(await reader.readexactly(2), "big")
-                wire = await reader.readexactly(size)
-                peer = writer.get_extra_info("peername")[:2]
-                self.take(Asked(proto, wire, peer), lambda a: _write(writer, a))
-        except (asyncio.IncompleteReadError, asyncio.CancelledError, OSError):
-            pass
-        finally:
-            self._writers.discard(writer)
-            writer.close()
+        for connection in list(self.open):
+            connection.transport.abort()
+        for _ in range(3):
+            await asyncio.sleep(0)  # transports close their sockets in later turns
 
     def take(self, asked: Asked, send: Callable[[Answers], None]) -> None:
         with self._arrived:
@@ -314,12 +296,39 @@ class UpstreamServer:
             send(self.behaviour(asked))
 
 
-def _write(writer: asyncio.StreamWriter, answers: Answers) -> None:
-    if isinstance(answers, Close):
-        writer.close()
-        return
-    for wire in answers or ():
-        writer.write(len(wire).to_bytes(2, "big") + wire)
+class _Frames(asyncio.Protocol):
+    """One TCP or TLS connection."""
+
+    def __init__(self, server: UpstreamServer, proto: str) -> None:
+        self._server = server
+        self._proto = proto
+        self._buffer = b""
+        self.transport: Any = None
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self._server.connections += 1
+        self._server.open.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.open.discard(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        while len(self._buffer) >= 2:
+            end = 2 + int.from_bytes(self._buffer[:2], "big")
+            if len(self._buffer) < end:
+                return
+            wire, self._buffer = self._buffer[2:end], self._buffer[end:]
+            peer = self.transport.get_extra_info("peername")[:2]
+            self._server.take(Asked(self._proto, wire, peer), self._send)
+
+    def _send(self, answers: Answers) -> None:
+        if isinstance(answers, Close):
+            self.transport.close()
+            return
+        for wire in answers or ():
+            self.transport.write(len(wire).to_bytes(2, "big") + wire)
 
 
 class _Datagrams(asyncio.DatagramProtocol):

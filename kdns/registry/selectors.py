@@ -26,7 +26,7 @@ class BadSelector(KdnsError):
 
 @dataclass(frozen=True, slots=True)
 class Requirement:
-    """One condition. `absent` is the result for labels without the key.
+    """One condition.
 
     values -- what the value must be one of; None: any value
     negate -- the condition holds if it is none of them
@@ -43,12 +43,6 @@ class Requirement:
         found = self.values is None or value in self.values
         return found is not self.negate
 
-    def render(self) -> str:
-        if self.values is None:
-            return f"!{self.key}" if self.negate else self.key
-        word = "notin" if self.negate else "in"
-        return f"{self.key} {word} ({','.join(sorted(self.values))})"
-
 
 @dataclass(frozen=True, slots=True)
 class Selector:
@@ -58,10 +52,6 @@ class Selector:
 
     def matches(self, labels: Mapping[str, str]) -> bool:
         return all(requirement.matches(labels) for requirement in self.requirements)
-
-    def render(self) -> str:
-        """Return the text an API server takes as labelSelector."""
-        return ",".join(requirement.render() for requirement in self.requirements)
 
 
 def selector_of(

@@ -173,6 +173,8 @@ class Store:
         old = objects.get(key)
         if old is not None and same(old, obj):
             return
+        if isinstance(obj, Pod) and obj.metadata.deletion_timestamp:
+            return  # its record stays as it was until DELETED (reference 1.6)
         objects[key] = obj
         self._bump = self._bump or bumps_serial(old, obj)
         match obj:

@@ -52,7 +52,7 @@ class HttpServer:
         from aiohttp import web
 
         host, port = split_address(self.address)
-        self._runner = web.ServerRunner(web.Server(self._handle))
+        self._runner = web.ServerRunner(web.Server(self._handle), shutdown_timeout=SHUTDOWN)
         await self._runner.setup()
         site = web.TCPSite(
             self._runner,
@@ -60,7 +60,6 @@ class HttpServer:
             port,
             ssl_context=self._context,
             reuse_address=True,
-            shutdown_timeout=SHUTDOWN,
         )
         try:
             await site.start()
@@ -111,11 +110,11 @@ class DohServer:
         """Listen. Raises OSError where the address cannot be had."""
         from aiohttp import web
 
-        self._runner = web.ServerRunner(web.Server(self._handle))
+        self._runner = web.ServerRunner(web.Server(self._handle), shutdown_timeout=SHUTDOWN)
         await self._runner.setup()
         site = web.TCPSite(
             self._runner, self._host or None, self.port, ssl_context=self._context,
-            reuse_address=True, shutdown_timeout=SHUTDOWN,
+            reuse_address=True,
         )  # fmt: skip
         try:
             await site.start()

@@ -145,7 +145,7 @@ class KubeSource:
             self._count(host, "<error>", began)
             if isinstance(e, (aiohttp.ClientSSLError, ssl.SSLError)):
                 self._access.expire()
-            error = Unreachable(f"{host}: {e or type(e).__name__}")
+            error = Unreachable(f"{host}: {_say(e)}")
             self._tell(kind, reflector.on_failure(error, self._clock()))
 
     async def _read(
@@ -198,6 +198,17 @@ class KubeSource:
     def _count(self, host: str, code: str, began: float) -> None:
         self._requests.labels(code, "GET", host).add()
         self._durations.labels("GET", host).add(self._clock() - began)
+
+
+def _say(error: Exception) -> str:
+    """Return an error's text; aiohttp's own does not say that a connection was refused."""
+    if isinstance(error, aiohttp.ClientConnectorError) and not isinstance(
+        error, aiohttp.ClientSSLError
+    ):
+        number = error.os_error.errno
+        if number is not None and number > 0:
+            return os.strerror(number)
+    return str(error) or type(error).__name__
 
 
 async def _read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:

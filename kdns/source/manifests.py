@@ -222,10 +222,10 @@ def _check_shape(path: str, content: bytes) -> None:
     """Raise _BadShape for YAML that would harm its reader; walks events, so that it takes
     neither stack nor memory itself."""
     sizes: dict[str, int] = {}  # anchor -> nodes below it
-    open_nodes: list[tuple[str | None, int]] = []  # anchor, nodes so far
+    open_nodes: list[tuple[str, int]] = []  # anchor, nodes so far
     for event in yaml.parse(content, Loader=_Loader):
         size = 1
-        anchor: str | None = getattr(event, "anchor", None)
+        anchor = str(getattr(event, "anchor", None) or "")
         line = event.start_mark.line + 1 if event.start_mark is not None else 0
         if isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((anchor, 1))
@@ -235,15 +235,15 @@ def _check_shape(path: str, content: bytes) -> None:
         if isinstance(event, yaml.CollectionEndEvent):
             anchor, size = open_nodes.pop()
         elif isinstance(event, yaml.AliasEvent):
-            if anchor is None or anchor not in sizes:
+            if anchor not in sizes:
                 raise _BadShape(f"{path}:{line}: '*{anchor}' has no '&{anchor}' that ends before")
-            anchor, size = None, sizes[anchor]
+            anchor, size = "", sizes[anchor]
         elif isinstance(event, yaml.DocumentStartEvent):
             sizes.clear()
             continue
         elif not isinstance(event, yaml.ScalarEvent):
             continue
-        if anchor is not None:
+        if anchor:
             sizes[anchor] = size
         if size > MAX_NODES:
             raise _BadShape(f"{path}:{line}: its aliases expand to over {MAX_NODES} nodes")

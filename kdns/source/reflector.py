@@ -160,11 +160,6 @@ class Reflector:
         self._held = 0
         self.leave = False  # nothing more is wanted of this response: close it
 
-    @property
-    def resource_version(self) -> str:
-        """Where the next watch goes on."""
-        return self._version
-
     # --- what to do -------------------------------------------------------------------
 
     def next(self) -> Request | Pause:
