@@ -128,7 +128,7 @@ def wait_answering(port: int, name: str, process: subprocess.Popen[bytes], log: 
                 if answer[:2] == question[:2] and answer[3] & 15 == 0:
                     return
                 time.sleep(0.2)
-    sys.exit(f"bench: {process.args} does not answer:\n{log.read_text()[-2000:]}")
+    sys.exit(f"bench: {process.args!r} does not answer:\n{log.read_text()[-2000:]}")
 
 
 def cpu_seconds(pid: int) -> float:

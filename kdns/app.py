@@ -15,7 +15,7 @@ import signal
 import ssl
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdns.dns.message import Reply
 from kdns.dns.name import BadName, parse_name
@@ -43,10 +43,15 @@ from kdns.server.listen import Listener, Place
 from kdns.server.upstream import UpstreamPool
 from kdns.site import Site, build_site, places_of, read_corefile
 
+if TYPE_CHECKING:
+    from kdns.source.kube import KubeSource
+    from kdns.source.manifests import ManifestSource
+
 log = logging.getLogger("kdns")
 start = logging.getLogger(START)
 
 RESOLV_CONF = "/etc/resolv.conf"
+SOURCE_RESTART = 1.0  # seconds: a bug met at once again must not take the processor
 VERIFYING = frozenset(("require_and_verify", "verify_if_given"))
 
 
@@ -165,6 +170,9 @@ class App:
         assert self._upstreams is not None
         for pipeline, feed in feeds:
             pipeline.subscribe(feed.publish)
+        for plugin in site.plugins():
+            if plugin.word == "kubernetes":
+                plugin.source_age = self.pipelines[plugin.source][0].age  # type: ignore[attr-defined]
         await self._wait_synced(site, feeds)
         opened: dict[Place, Listener] = {}
         try:
@@ -310,7 +318,7 @@ class App:
             "kdns_source_last_event_age_seconds",
             "Seconds since the registry's source was last heard of.", ("source",),
         ).read = lambda: [
-            ((str(spec.kind),), max(0.0, time.time() - p.heard_at) if p.heard_at else -1.0)
+            ((str(spec.kind),), -1.0 if (age := p.age()) is None else age)
             for spec, (p, _) in self.pipelines.items()
         ]  # fmt: skip
         metrics.gauge("kdns_packet_cache_entries", "Ready-made answers held.", ("server",)).read = (
@@ -519,14 +527,28 @@ def _context(cert: str, key: str, ca: str, client_auth: str = "nocert") -> ssl.S
 async def _follow_source(
     spec: KubeSpec | ManifestSpec, pipeline: Pipeline, metrics: Metrics
 ) -> None:
+    """Run the source for ever: a bug in it costs a listing anew, not the server."""
+    while True:
+        try:
+            await _source(spec, pipeline, metrics).run()
+        except Exception:
+            log.exception(
+                "a bug in kdns in the registry's source; what is known is served on, the"
+                " source starts again in %g s; please report it", SOURCE_RESTART,
+            )  # fmt: skip
+        await asyncio.sleep(SOURCE_RESTART)
+
+
+def _source(
+    spec: KubeSpec | ManifestSpec, pipeline: Pipeline, metrics: Metrics
+) -> KubeSource | ManifestSource:
     if isinstance(spec, ManifestSpec):
         from kdns.source.manifests import ManifestSource
 
-        await ManifestSource(spec, pipeline, metrics).run()
-    else:
-        from kdns.source.kube import KubeSource
+        return ManifestSource(spec, pipeline, metrics)
+    from kdns.source.kube import KubeSource
 
-        await KubeSource(spec, pipeline, metrics).run()
+    return KubeSource(spec, pipeline, metrics)
 
 
 async def _probe(listener: Listener, probe: Probe) -> None:

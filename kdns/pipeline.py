@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
@@ -24,31 +25,51 @@ log = logging.getLogger("kdns")
 Publish = Callable[[Snapshot, Changes, float], Sequence[Any] | None]
 Invalidate = Callable[[Sequence[Any] | None], None]
 
+# Seconds before a failure that was over is said again: a server that comes and goes all the
+# time gets a pair of lines in this time, not one for every try.
+SAY_AGAIN = 60.0
+MAX_SAID = 100  # failures remembered as said; an API server has some ten ways to fail
+_NUMBERS = re.compile(r"\d+(\.\d+)?")
+
 
 class Pipeline:
     """The registry of one source and those who read it.
 
     invalidate -- told the deps of answers that are no longer true (None: all)
+    clock      -- monotonic seconds
     """
 
-    def __init__(self, store: Store, invalidate: Invalidate) -> None:
+    def __init__(
+        self, store: Store, invalidate: Invalidate, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.store = store
         self.invalidate = invalidate
         self.snapshot = Snapshot()
-        self.heard_at = 0.0
         self.synced = asyncio.Event()
+        self._clock = clock
         self._readers: list[Publish] = []
         self._scheduled = False
-        self._failure = ""
+        self._heard: dict[str, float] = {}
+        self._failing: set[str] = set()
+        self._failing_since = 0.0
+        self._said: dict[str, float] = {}  # failures, numbers left out -> when
+        self._told = False  # that it fails, and not yet that it is over
 
     def subscribe(self, publish: Publish) -> None:
         """Add a reader; it gets all there is at once and every change from then on."""
         self._readers.append(publish)
-        publish(self.snapshot, everything(self.snapshot), time.monotonic())
+        publish(self.snapshot, everything(self.snapshot), self._clock())
 
     def unsubscribe(self, publish: Publish) -> None:
         """Remove a reader."""
         self._readers.remove(publish)
+
+    def age(self) -> float | None:
+        """Return the seconds since the source was last heard of, of the kind it was heard of
+        the longest ago; None before the first word."""
+        if not self._heard:
+            return None
+        return max(0.0, self._clock() - min(self._heard.values()))
 
     # --- source.sink.Sink -----------------------------------------------------------------
 
@@ -69,22 +90,36 @@ class Pipeline:
         self.store.mark_synced(kind)
         self._schedule()
 
-    def heard(self) -> None:
-        """The source is alive."""
-        self.heard_at = time.time()
-        if self._failure:
-            self._failure = ""
-            log.info("plugin/kubernetes: the API server answers again")
+    def heard(self, what: str) -> None:
+        """The source is alive. That all of it is well again is said once."""
+        self._heard[what] = self._clock()
+        if self._failing:
+            self._failing.discard(what)
+            if not self._failing and self._told:
+                self._told = False
+                log.info("plugin/kubernetes: the registry is up to date again")
 
-    def failed(self, error: SourceError, retry_in: float) -> None:
-        """Say it once per kind of failure; the source goes on trying."""
+    def failed(self, what: str, error: SourceError, retry_in: float) -> None:
+        """Say it once per way to fail, not once per kind and try; the source goes on."""
+        now = self._clock()
+        if not self._failing:
+            self._failing_since = now
+        self._failing.add(what)
         text = str(error)
-        if text != self._failure:
-            self._failure = text
-            log.warning(
-                "plugin/kubernetes: %s: %s; serving what is known, trying again in %.1f s",
-                type(error).__name__.lower(), text, retry_in,
-            )  # fmt: skip
+        key = _NUMBERS.sub("0", text)
+        said = self._said.get(key)
+        if said is not None and (said >= self._failing_since or now - said < SAY_AGAIN):
+            return
+        if len(self._said) >= MAX_SAID:
+            self._said.clear()
+        self._said[key] = now
+        self._told = True
+        log.warning(
+            "plugin/kubernetes: %s: %s; %s, trying again in %.1f s",
+            type(error).__name__.lower(), text,
+            "serving what is known" if self.snapshot.synced
+            else "cluster names get SERVFAIL until it is listed", retry_in,
+        )  # fmt: skip
 
     # --- publishing -----------------------------------------------------------------------
 
@@ -100,11 +135,17 @@ class Pipeline:
         if published is None:
             return
         self.snapshot, changes = published
-        now = time.monotonic()
+        now = self._clock()
         deps: list[Any] = []
         everything_changed = False
         for reader in self._readers:
-            touched = reader(self.snapshot, changes, now)
+            try:
+                touched = reader(self.snapshot, changes, now)
+            except Exception:
+                # What this reader made of the change is unknown; the others, and those who
+                # wait for the registry, must get it all the same.
+                log.exception("a bug in kdns while taking over a change; please report it")
+                touched = None
             if touched is None:
                 everything_changed = True
             else:

@@ -23,6 +23,7 @@ from kdns.plugins import NOT_HERE, ORDER
 from kdns.plugins.chain import Chain, Router
 from kdns.plugins.plugin import Plugin, ServerFacts
 from kdns.plugins.setup import Setup
+from kdns.server import files
 from kdns.server.addresses import local_addresses, resolve_binds
 from kdns.server.listen import Place
 
@@ -123,7 +124,15 @@ def _build_block(
     )
     if not any(d.name == "bind" for d in block.directives):
         facts.local_addresses = tuple(a.packed for a in local_addresses() if not a.loopback)
-    cx = Setup(problems, facts, metrics, time.monotonic, random.Random(os.urandom(16)))
+    cx = Setup(
+        problems,
+        facts,
+        metrics,
+        time.monotonic,
+        random.Random(os.urandom(16)),
+        read=files.read_file,
+        wall=time.time,
+    )
     plugins: list[Plugin] = []
     for word, module in ORDER.items():
         mine = [d for d in block.directives if d.name == word]

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from running import RunningKdns
 
 from kdns.dns import types as t
 from kdns.errors import ConfigError
-from running import RunningKdns
 
 SERVICE = """
 apiVersion: v1

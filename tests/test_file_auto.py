@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
+from support import Stub, a, answer, build, cname, errors_of, make_setup, question
 
 from kdns.dns import types as t
 from kdns.dns.message import AA, FOREVER, Reply, failure
@@ -17,7 +18,6 @@ from kdns.plugins.file import File
 from kdns.plugins.plugin import Plugin, WatchFile, WatchFolder
 from kdns.plugins.setup import Setup
 from kdns.server.files import load, read_file
-from support import Stub, a, answer, build, cname, errors_of, make_setup, question
 
 HEAD = "$TTL 300\n@ SOA ns admin {serial} 7200 1800 86400 60\n@ NS ns\n"
 BODY = "www A 192.0.2.{last}\nout CNAME x.elsewhere.net.\nmx MX 10 www\n"

@@ -61,11 +61,11 @@ class Registry:
         self.store.mark_synced(kind)
         self._publish()
 
-    def heard(self) -> None:
+    def heard(self, what: str) -> None:
         self.heards += 1
         self._wake()
 
-    def failed(self, error: SourceError, retry_in: float) -> None:
+    def failed(self, what: str, error: SourceError, retry_in: float) -> None:
         self.failures.append(error)
         self.retries.append(retry_in)
         self._wake()

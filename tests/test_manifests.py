@@ -477,11 +477,11 @@ class Registry:
         self.store.mark_synced(kind)
         self._publish()
 
-    def heard(self) -> None:
+    def heard(self, what: str) -> None:
         self.looks += 1
         self._told.set()
 
-    def failed(self, error: SourceError, retry_in: float) -> None:
+    def failed(self, what: str, error: SourceError, retry_in: float) -> None:
         self.failures.append(str(error))
         self.looks += 1
         self._told.set()

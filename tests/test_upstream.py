@@ -220,6 +220,24 @@ async def test_a_truncated_answer(
     assert len(reply.answer) == (0 if truncated else 30)
 
 
+@pytest.mark.parametrize(
+    ("edns", "rules", "asked", "got"),
+    [
+        (None, {}, ["udp"], (0, TC)),
+        (Edns(1232), {}, ["udp"], (60, 0)),
+        (None, {"prefer_udp": True}, ["udp", "tcp"], (60, 0)),
+    ],
+)
+async def test_a_datagram_larger_than_was_asked_for_counts_as_truncated(
+    pool: Pool, edns: Edns | None, rules: dict[str, Any], asked: list[str], got: tuple[int, int]
+) -> None:
+    many = records(*(f"@ 300 IN A 192.0.2.{n}" for n in range(60)))
+    with UpstreamServer(many) as server:
+        reply = await pool.ask(to(server, **rules), question("a.", edns=edns))
+        assert [one.proto for one in server.asked] == asked
+    assert (len(reply.answer), reply.flags) == got
+
+
 async def test_one_connection_serves_questions_one_after_the_other(
     pool: Pool, server: UpstreamServer
 ) -> None:
@@ -375,6 +393,33 @@ async def test_an_upstream_that_is_not_who_it_shall_be_is_not_asked(
     assert reply.rcode == t.SERVFAIL
     assert reply.error is not None and error in reply.error
     assert dot.asked == []
+
+
+async def test_client_certificate_and_health_check_over_tls(
+    pool: Pool, authority: trustme.CA, tmp_path: Path
+) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.verify_mode = ssl.CERT_REQUIRED
+    authority.configure_trust(context)
+    authority.issue_cert("dns.test").configure_cert(context)
+    mine = authority.issue_cert("kdns.test")
+    files = [str(tmp_path / name) for name in ("cert.pem", "key.pem", "ca.pem")]
+    mine.cert_chain_pems[0].write_to_path(files[0])
+    mine.private_key_pem.write_to_path(files[1])
+    authority.cert_pem.write_to_path(files[2])
+    with UpstreamServer(tls=context) as server:
+        server.behaviour = lambda asked: None if asked.qtype == "A" else ONE(asked)
+        rules = Upstreams(
+            (Upstream("127.0.0.1", server.tls_port, "tls"),),
+            server_name="dns.test",
+            tls_files=(files[0], files[1], files[2]),
+            read_timeout=0.05,
+            max_attempts=1,
+        )
+        assert (await pool.ask(rules)).rcode == t.SERVFAIL
+        question, check = await arrived(server, 2)
+    assert (question.proto, question.qtype) == ("tls", "A")
+    assert (check.proto, check.name, check.qtype) == ("tls", ".", "NS")
 
 
 # --- several askers, several questions ----------------------------------------------------

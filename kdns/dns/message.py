@@ -2,8 +2,8 @@
 
 Decides what is a well-formed query, how a reply is laid out, compressed and
 truncated. What is answered is the plugins' business; sizes that depend on the
-transport are arguments. dnslib sees no byte that was not checked here first
-(docs/DESIGN.md 1.3 point 3); the way from datagram to datagram does not use it at all.
+transport are arguments. No stranger's octet reaches dnslib, whose parser recurses and leaks
+exceptions (docs/DESIGN.md 1.3 point 3): it makes the questions of `kdns query` and no more.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """`auto`: answers from the zone files of a folder; a file's name says its zone.
 
 Decides which files are zones and when one comes or goes. Answering is file.py's ZonePlugin.
+Unlike CoreDNS it does not look into folders below (WatchFolder reads one level).
 """
 
 from __future__ import annotations

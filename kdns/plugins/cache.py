@@ -13,6 +13,8 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from enum import Enum, auto
 from typing import TypeAlias
 
+from cachetools import RRCache
+
 from kdns.corefile import Directive, Option, Token, nearest
 from kdns.dns import types as t
 from kdns.dns.message import AA, AD, CD, MAX_TCP, OPCODE, RA, RR, TC, Query, Reply
@@ -57,6 +59,10 @@ class Kind(Enum):
     OTHER = auto()  # never kept
 
 
+# Kept in the success cache; the others in the denial cache.
+SUCCESS = (Kind.POSITIVE, Kind.REFERRAL)
+
+
 class Item:
     """One kept reply.
 
@@ -64,11 +70,10 @@ class Item:
     hits, seen  -- how often in a row it was asked for, and when last (prefetch)
     retry_at    -- no refresh is begun before
     answering   -- it answers its question; last_good: the one before that did, if this does not
-    at          -- its place in Store.keys
     """
 
     __slots__ = (
-        "_shown", "_shown_ttl", "answering", "at", "deps", "flags", "hits", "last_good", "rcode",
+        "_shown", "_shown_ttl", "answering", "deps", "flags", "hits", "last_good", "rcode",
         "retry_at", "sections", "seen", "size", "stored", "ttl",
     )  # fmt: skip
 
@@ -89,7 +94,6 @@ class Item:
         self.retry_at = 0.0
         self.answering = False
         self.last_good: Item | None = None
-        self.at = 0
         self.size = ENTRY_OVERHEAD
         for section in self.sections:
             for rr in section:
@@ -127,48 +131,48 @@ class Item:
 
 
 class Store:
-    """Items by key, bounded in number and octets; the victim is chosen at random."""
+    """Items by key, bounded in number and octets; the victim is chosen at random, as in
+    CoreDNS.
+
+    Each item takes up its own size, but at least an equal share of the whole: so neither
+    more items than `capacity` nor more octets than that many shares fit in.
+    """
 
     def __init__(
         self, capacity: int, random: random.Random, entries: Cell, evictions: Cell
     ) -> None:
-        self.items: dict[Key, Item] = {}
-        self._keys: list[Key] = []
-        self._capacity = max(capacity // SHARDS, 4) * SHARDS
-        self._octets_left = self._capacity * OCTETS_PER_ENTRY
+        capacity = max(capacity // SHARDS, 4) * SHARDS
+        self.items: RRCache[Key, Item] = RRCache(
+            capacity * OCTETS_PER_ENTRY, random.choice, lambda i: max(i.size, OCTETS_PER_ENTRY)
+        )
         self._by_dep: dict[Hashable, set[Key]] = {}
-        self._random = random
         self._entries = entries
         self._evictions = evictions
 
     def add(self, key: Key, item: Item) -> None:
         self.remove(key)
-        while self._keys and (len(self._keys) >= self._capacity or self._octets_left < item.size):
-            self.remove(self._keys[int(self._random.random() * len(self._keys))])
+        items = self.items
+        while items and items.currsize + items.getsizeof(item) > items.maxsize:
+            victim, evicted = items.popitem()
+            self._forget(victim, evicted)
             self._evictions.add()
-        item.at = len(self._keys)
-        self._keys.append(key)
-        self.items[key] = item
-        self._octets_left -= item.size
+        items[key] = item
         for dep in item.deps:
             self._by_dep.setdefault(dep, set()).add(key)
-        self._entries.value = len(self._keys)
+        self._entries.value = len(items)
 
     def remove(self, key: Key) -> None:
         item = self.items.pop(key, None)
-        if item is None:
-            return
-        last = self._keys.pop()
-        if last is not key and last != key:
-            self._keys[item.at] = last
-            self.items[last].at = item.at
-        self._octets_left += item.size
+        if item is not None:
+            self._forget(key, item)
+
+    def _forget(self, key: Key, item: Item) -> None:
         for dep in item.deps:
             keys = self._by_dep[dep]
             keys.discard(key)
             if not keys:
                 del self._by_dep[dep]
-        self._entries.value = len(self._keys)
+        self._entries.value = len(self.items)
 
     def invalidate(self, deps: Iterable[Hashable] | None) -> None:
         """Remove what was made from one of `deps`; None: from any."""
@@ -356,8 +360,9 @@ class Cache(Plugin):
             return None  # the records of a transfer are the zone's, TTL and all
         kind = classify(query, reply)
         ttl = self._set_ttls(kind, reply)
+        reply.edns = None  # OPT goes from hop to hop (RFC 6891 s6.1.1)
         item = None
-        if ttl > 0 and is_storable(query, reply, kind):
+        if ttl > 0 and self._is_kept(query.key, kind) and is_storable(query, reply, kind):
             item = self._store(query, reply, kind, ttl)
         if reply.flags & AD and not (query.flags & AD or query.do):
             reply.flags &= ~AD  # RFC 6840 s5.7
@@ -389,18 +394,20 @@ class Cache(Plugin):
             reply.additional = [rr.with_ttl(ttl) for rr in reply.additional]
         return ttl
 
-    def _store(self, query: Query, reply: Reply, kind: Kind, ttl: int) -> Item | None:
+    def _is_kept(self, name: bytes, kind: Kind) -> bool:
+        """False if `disable` is said for this name."""
+        for zone in self.rules.no_success if kind in SUCCESS else self.rules.no_denial:
+            if name.endswith(zone) and is_subdomain(name, zone):
+                return False
+        return True
+
+    def _store(self, query: Query, reply: Reply, kind: Kind, ttl: int) -> Item:
         rules = self.rules
-        name = query.key
-        positive = kind is Kind.POSITIVE or kind is Kind.REFERRAL
-        for zone in rules.no_success if positive else rules.no_denial:
-            if is_subdomain(name, zone):
-                return None
-        key = (name, query.qtype, query.qclass, query.flags & CD | (1 if query.do else 0))
+        key = (query.key, query.qtype, query.qclass, query.flags & CD | (1 if query.do else 0))
         item = Item(reply, ttl, self._clock())
         # From now on the TTL counts down and hits are counted: this very reply is no more true.
         reply.keep = 0.0
-        if not positive:
+        if kind not in SUCCESS:
             self._denial.add(key, item)
             return item
         if rules.prefer_positive:
@@ -524,9 +531,9 @@ def classify(query: Query, reply: Reply) -> Kind:
     if rcode == t.NOERROR:
         if reply.answer:
             # RFC 2308 s2.2: NODATA may come at the end of a CNAME chain.
-            if _has(reply.authority, t.SOA) and not answers_question(query, reply.answer):
-                return Kind.NODATA
-            return Kind.POSITIVE
+            if not reply.authority or not _has(reply.authority, t.SOA):
+                return Kind.POSITIVE
+            return Kind.POSITIVE if answers_question(query, reply.answer) else Kind.NODATA
         if not reply.authority:
             return Kind.POSITIVE
         if _has(reply.authority, t.SOA):

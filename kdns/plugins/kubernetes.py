@@ -7,7 +7,7 @@ Service's records are is zone/records.py's, where objects come from is source/'s
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from struct import pack
 from typing import Any
 
@@ -31,6 +31,9 @@ SCHEMA_VERSION = b"1.1.0"  # DNS spec 2.2
 NS_DNS = b"\x02ns\x03dns"
 HOSTMASTER = b"\x0ahostmaster"
 DEFAULT_TTL = 5
+# Three bookmarks, which an API server sends about every minute, have not come: what is
+# answered may be out of date.
+STALE = 180.0  # seconds
 
 Dep = Hashable
 
@@ -59,6 +62,8 @@ class Kubernetes(Plugin):
         self.startup_timeout = startup_timeout
         self.local_addresses = local_addresses
         self.host_search = host_search
+        # Seconds since the source was last heard of; app.py puts its pipeline's here.
+        self.source_age: Callable[[], float | None] = lambda: None
         self.records = ClusterRecords(options)
         self._strict = options.strict
         self._ttl = options.ttl
@@ -83,6 +88,13 @@ class Kubernetes(Plugin):
 
     def not_ready(self) -> str:
         return "" if self.records.synced else "waiting for the registry to be listed once"
+
+    def stale(self) -> str:
+        age = self.source_age()
+        if age is None or age < STALE:
+            return ""
+        who = "API server" if isinstance(self.source, KubeSpec) else "manifests"
+        return f"no word from the {who} for {age:.0f} s"
 
     # --- answering ----------------------------------------------------------------------
 

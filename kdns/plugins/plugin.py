@@ -194,6 +194,11 @@ class Plugin:
         """Return why the plugin is not ready, for /ready; empty if it is."""
         return ""
 
+    def stale(self) -> str:
+        """Return why what the plugin knows may be out of date; empty if it is not. /ready
+        asks only with `monitor continuously`: an answer that is old beats none."""
+        return ""
+
     def link(self, chain: Sequence[Plugin]) -> None:
         """Called once with all plugins of the server block, in order of execution."""
 

@@ -2,7 +2,8 @@
 
 Decides when a plugin is asked. CoreDNS asks a plugin no more once it was ready; here it is
 asked each time, so that a server which has lost what it needs can say so, unless the Corefile
-says `monitor until-ready`. Several blocks may name one address: app.py puts their answers
+says `monitor until-ready`. Only an explicit `monitor continuously` asks for stale knowledge
+too: by default an API server that is down must not take all DNS with it. Several blocks may name one address: app.py puts their answers
 together.
 """
 
@@ -23,16 +24,22 @@ class Ready(Plugin):
 
     word = "ready"
 
-    def __init__(self, address: str, once: bool, cx: Setup) -> None:
+    def __init__(self, address: str, monitor: str, cx: Setup) -> None:
         self.address = address
         self.lameduck = False
         self._log = cx.logger("ready")
-        self._once = once
+        self._once = monitor == "until-ready"
+        self._strict = monitor == "continuously"
         self._asked: list[Plugin] = []
         self._told = ""
 
     def link(self, chain: Sequence[Plugin]) -> None:
-        self._asked = [p for p in chain if type(p).not_ready is not Plugin.not_ready]
+        self._asked = [
+            p
+            for p in chain
+            if type(p).not_ready is not Plugin.not_ready
+            or (self._strict and type(p).stale is not Plugin.stale)
+        ]
 
     def work(self) -> Sequence[Work]:
         return (HttpRoute(self.address, "/ready", self._serve),)
@@ -40,13 +47,16 @@ class Ready(Plugin):
     def _serve(self, headers: dict[str, str]) -> tuple[int, str, bytes]:
         if self.lameduck:
             return 503, "text/plain; charset=utf-8", b"Shutting down"
-        missing = [(p, why) for p in self._asked if (why := p.not_ready())]
+        missing = [(p, why) for p in self._asked if (why := self._why(p))]
         if self._once:
             self._asked = [p for p, _ in missing]
         self._tell(missing)
         if not missing:
             return 200, "text/plain; charset=utf-8", b"OK"
         return 503, "text/plain; charset=utf-8", _words(missing).encode()
+
+    def _why(self, plugin: Plugin) -> str:
+        return plugin.not_ready() or (plugin.stale() if self._strict else "")
 
     def _tell(self, missing: list[tuple[Plugin, str]]) -> None:
         """Log a change; a probe every few seconds would fill the log with one line."""
@@ -68,13 +78,13 @@ def setup(directives: list[Directive], cx: Setup) -> list[Plugin]:
     address = DEFAULT_ADDRESS
     if cx.arg_count(directive, 0, 1) and directive.args:
         address = cx.listen_address(directive.args[0])
-    once = False
+    monitor = ""
     for option in directive.options or ():
         if option.name == "monitor":
-            once = _monitor(option, cx) == MONITORS[0]
+            monitor = _monitor(option, cx)
         else:
             cx.unknown_option(option, ("monitor",))
-    return [Ready(address, once, cx)]
+    return [Ready(address, monitor, cx)]
 
 
 def _monitor(option: Option, cx: Setup) -> str:

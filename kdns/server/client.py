@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from kdns.dns import types as t
-from kdns.dns.message import QR, TC, Edns, Message, parse_message, render_query
+from kdns.dns.message import QR, TC, Message, parse_message
 from kdns.dns.name import labels_of, parse_name
 from kdns.errors import KdnsError, WireError
 
@@ -77,7 +77,7 @@ def ask(
     for _ in range(tries):
         # RFC 5452 s4.3: an unpredictable ID for every try.
         qid = secrets.randbelow(65536)
-        wire = render_query(qid, name, qtype, edns=Edns(PAYLOAD))
+        wire = _question(qid, name, qtype)
         started = time.monotonic()
         try:
             once = _over_tcp if tcp else _over_udp
@@ -98,6 +98,16 @@ def ask(
             return ask(server, name, qtype, tcp=True, timeout=timeout, tries=tries)
         return Exchange(message, size, time.monotonic() - started, proto)
     raise NoAnswer(f"no answer from {server} over {proto}: {why}")
+
+
+def _question(qid: int, name: bytes, qtype: int) -> bytes:
+    """Return the octets of a query. Made with dnslib and not with the server's own code, so
+    that what asks does not share a mistake with what answers."""
+    from dnslib import EDNS0, DNSHeader, DNSLabel, DNSQuestion, DNSRecord
+
+    question = DNSQuestion(DNSLabel(tuple(labels_of(name))), qtype)
+    header = DNSHeader(id=qid, qr=0, aa=0, ra=0, rd=1)
+    return bytes(DNSRecord(header, q=question, ar=[EDNS0(udp_len=PAYLOAD)]).pack())
 
 
 def _reason(e: Exception) -> str:

@@ -24,6 +24,9 @@ MAX_QUERY = 2048
 # How many datagrams are taken at one go before timers and other sockets get their turn.
 BATCH = 256
 RECEIVE_BUFFER = 4 << 20
+# Answers from the chain leave in bursts of up to this many: each lone datagram would wake its
+# receiver, which costs more than making the answer. 16 answers take about 0.2 ms.
+BURST = 16
 _PKTINFO = struct.Struct("=I4s4s")
 
 
@@ -43,7 +46,7 @@ class UdpListener:
         self.cache = cache
         self.address: tuple[str, int] = sock.getsockname()[:2]
         self._loop = asyncio.get_running_loop()
-        self._wildcard = reply_from
+        self._burst: list[tuple[bytes, Any]] | None = None  # a list while draining
         if reply_from:
             if sock.family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
@@ -64,25 +67,30 @@ class UdpListener:
         began = time.monotonic()
         hits = 0
         spent = 0.0
-        for _ in range(BATCH):
-            try:
-                datagram, peer = receive(MAX_QUERY)
-            except BlockingIOError:
-                break
-            except OSError:
-                continue  # an ICMP error of an earlier reply: the next read is a fresh one
-            entry = cache.young.entries.get(datagram[2:])
-            if entry is not None and entry.plain:
-                entry.hits += 1
-                hits += 1
-                try:  # noqa: SIM105 (suppress() costs 0.3 us here)
-                    send(datagram[:2] + entry.wire, peer)
+        self._burst = []
+        try:
+            for _ in range(BATCH):
+                try:
+                    datagram, peer = receive(MAX_QUERY)
+                except BlockingIOError:
+                    break
                 except OSError:
-                    pass  # as lost on the way; the client asks again
-                continue
-            now = time.monotonic()
-            self._slow(datagram, peer, now, None)
-            spent += time.monotonic() - now
+                    continue  # an ICMP error of an earlier reply: the next read is fresh
+                entry = cache.young.entries.get(datagram[2:])
+                if entry is not None and entry.plain:
+                    entry.hits += 1
+                    hits += 1
+                    try:  # noqa: SIM105 (suppress() costs 0.3 us here)
+                        send(datagram[:2] + entry.wire, peer)
+                    except OSError:
+                        pass  # as lost on the way; the client asks again
+                    continue
+                now = time.monotonic()
+                self._slow(datagram, peer, now, None)
+                spent += time.monotonic() - now
+        finally:
+            self._flush(self._burst)
+            self._burst = None
         if hits:
             cache.repeats += hits
             cache.busy += time.monotonic() - began - spent
@@ -137,6 +145,12 @@ class UdpListener:
             self.cache.keep(key, wire[2:], reply, query.received)
 
     def _send(self, wire: bytes, peer: Any, source: Any) -> None:
+        burst = self._burst
+        if burst is not None:
+            burst.append((wire, peer))
+            if len(burst) >= BURST:
+                self._flush(burst)
+            return
         try:
             if source is None:
                 self.sock.sendto(wire, peer)
@@ -144,6 +158,15 @@ class UdpListener:
                 self.sock.sendmsg([wire], [source], 0, peer)
         except OSError:
             pass  # as lost on the way; the client asks again
+
+    def _flush(self, burst: list[tuple[bytes, Any]]) -> None:
+        send = self.sock.sendto
+        for wire, peer in burst:
+            try:  # noqa: SIM105 (suppress() costs 0.3 us here)
+                send(wire, peer)
+            except OSError:
+                pass  # as lost on the way; the client asks again
+        burst.clear()
 
 
 def _source(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, int, bytes] | None:

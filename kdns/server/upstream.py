@@ -213,7 +213,9 @@ class Group:
         if flight is not None:
             flight.waiters.append(done)
             return
-        flight = self.flights[key] = Flight(self, key, body, body[10 : end + 4], stream, done)
+        flight = self.flights[key] = Flight(
+            self, key, body, body[10 : end + 4], stream, query.limit, done
+        )
         flight.go()
 
     def order(self) -> list[Server]:
@@ -350,11 +352,11 @@ class Server:
         )
 
     def _dial_timeout(self) -> float:
-        """Twice the usual time it takes to connect, within bounds; never beyond the time a
-        question has in all."""
+        """Return twice the usual time it takes to connect, within bounds. Never more than half
+        of the time a question has in all, so that another upstream can be tried."""
         for link in self._streams:
             self._learn_dial_time(link)
-        return min(max(2 * self._dial_average, DIAL_MIN), DIAL_MAX, TOTAL)
+        return min(max(2 * self._dial_average, DIAL_MIN), DIAL_MAX, TOTAL / 2)
 
     def _learn_dial_time(self, link: StreamLink) -> None:
         if link.dial_time is not None:
@@ -461,8 +463,9 @@ class Flight(Errand):
     """One question at the upstreams, for everybody who asks it meanwhile."""
 
     __slots__ = (
-        "_attempts", "_began", "_deadline", "_downs", "_failovers", "_group", "_key", "_next",
-        "_order", "_pause", "_reconnects", "_server", "_stream", "_streaming", "waiters",
+        "_attempts", "_began", "_deadline", "_downs", "_failovers", "_group", "_key",
+        "_limit", "_next", "_order", "_pause", "_reconnects", "_server", "_stream",
+        "_streaming", "waiters",
     )  # fmt: skip
 
     def __init__(
@@ -472,6 +475,7 @@ class Flight(Errand):
         body: bytes,
         question: bytes,
         stream: bool,
+        limit: int,
         done: Done,
     ) -> None:
         self.body = body
@@ -479,6 +483,7 @@ class Flight(Errand):
         self.waiters = [done]
         self._group = group
         self._key = key
+        self._limit = limit
         self._stream = stream
         self._streaming = stream
         self._order = group.order()
@@ -580,6 +585,10 @@ class Flight(Errand):
             return
         rcode = message.rcode
         self._server.observe(rcode, group.loop.time() - self._began)
+        if len(wire) > self._limit and isinstance(self.link, UdpLink):
+            # More than was asked for: as CoreDNS, let the asker come back over TCP.
+            message.flags |= TC
+            message.answer, message.authority, message.additional = [], [], []
         if message.flags & TC and group.rules.prefer_udp and not self._streaming:
             self._streaming = True
             error = self._send()

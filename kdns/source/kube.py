@@ -130,7 +130,6 @@ class KubeSource:
             async with asyncio.timeout(request.total):
                 response = await connection.get(way, PATHS[kind], request, self._timing.connect)
                 async with response:
-                    self._sink.heard()
                     self._count(host, str(response.status), began)
                     await self._read(kind, reflector, request, response)
         except SourceError as e:
@@ -161,15 +160,16 @@ class KubeSource:
             self._tell(kind, reflector.on_refused(response.status, body, retry_after))
             return
         reflector.on_opened(self._clock())
+        self._sink.heard(kind)  # not for a refusal: it tells nothing of the objects
         if not request.watch:
             body = await _read_body(response, MAX_LIST + 1)
             if len(body) > MAX_LIST:
                 raise Unreachable(f"the list of {kind} is over {MAX_LIST} octets")
-            self._sink.heard()
+            self._sink.heard(kind)
             self._tell(kind, reflector.on_page(body))
             return
         async for chunk in response.content.iter_any():
-            self._sink.heard()
+            self._sink.heard(kind)
             self._tell(kind, reflector.on_chunk(chunk, self._clock()))
             if reflector.leave:
                 return
@@ -193,7 +193,7 @@ class KubeSource:
                     if isinstance(error, Expired) and not retry_in:
                         log.info("%s: %s; listing again", kind, error)
                     else:
-                        sink.failed(error, retry_in)
+                        sink.failed(kind, error, retry_in)
 
     def _count(self, host: str, code: str, began: float) -> None:
         self._requests.labels(code, "GET", host).add()

@@ -106,9 +106,9 @@ class ManifestSource:
             # Names there may be, as with an API server out of reach: not synced before.
             failure = Unreachable(f"manifests: {'; '.join(look.unknown)}")
             self._tally.failed("manifests", "unreachable")
-            sink.failed(failure, self._spec.interval)
+            sink.failed("manifests", failure, self._spec.interval)
             return
-        sink.heard()
+        sink.heard("manifests")
         if not self._synced:
             self._synced = True
             for kind in self._spec.kinds:

@@ -41,7 +41,8 @@ class Timing:
     quiet         -- a watch without a byte for so long counts as half-open; bookmarks come
                      about every minute
     initial_quiet -- as `quiet` while the initial objects of a WatchList stream in: a server
-                     that ignores sendInitialEvents never says where they end
+                     that ignores sendInitialEvents never says where they end; well below
+                     the 5 s that a start waits for the registry
     initial       -- all of that at most
     connect, list -- until a connection stands, until a page was read
     """
@@ -52,7 +53,7 @@ class Timing:
     watch: tuple[int, int] = (290, 590)
     margin: float = 20.0
     quiet: float = 90.0
-    initial_quiet: float = 10.0
+    initial_quiet: float = 3.0
     initial: float = 120.0
     connect: float = 10.0
     list: float = 60.0

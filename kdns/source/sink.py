@@ -32,11 +32,11 @@ class Sink(Protocol):
     def mark_synced(self, kind: Kind) -> None:
         """All objects of a kind have been listed once."""
 
-    def heard(self) -> None:
-        """The source is alive."""
+    def heard(self, what: str) -> None:
+        """What is known of `what`, a Kind or "manifests", is up to date at this moment."""
 
-    def failed(self, error: SourceError, retry_in: float) -> None:
-        """The source could not be reached or read; it tries again in `retry_in` seconds."""
+    def failed(self, what: str, error: SourceError, retry_in: float) -> None:
+        """`what` could not be reached or read; the next try is in `retry_in` seconds."""
 
 
 class Tally:
