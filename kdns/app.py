@@ -159,6 +159,9 @@ class App:
         except BaseException:
             for server in http:
                 await server.stop()
+            for pipeline, feed in feeds:
+                pipeline.unsubscribe(feed.publish)
+            self._end_unread_pipelines()
             raise
         await self._retire(site, new, http, feeds)
         self.site = site
@@ -183,13 +186,20 @@ class App:
                 listener = Listener(place, exchange, self.metrics)
                 await listener.open(_tls_context(site, place))
                 opened[place] = listener
-        except OSError as e:
+        except BaseException as e:
             for listener in opened.values():
                 await listener.close()
-            for pipeline, feed in feeds:
-                pipeline.unsubscribe(feed.publish)
+            if not isinstance(e, OSError):
+                raise
             raise ConfigError([Problem(str(place), 0, f"cannot listen: {e.strerror or e}")]) from e
         return opened
+
+    def _end_unread_pipelines(self) -> None:
+        wanted = {pipeline for pipeline, _ in self._feeds}
+        for spec, (pipeline, task) in list(self.pipelines.items()):
+            if pipeline not in wanted:
+                task.cancel()
+                del self.pipelines[spec]
 
     async def _retire(
         self,
@@ -215,11 +225,7 @@ class App:
         for pipeline, publish in self._feeds:
             pipeline.unsubscribe(publish)
         self._feeds = [(pipeline, feed.publish) for pipeline, feed in feeds]
-        wanted = {pipeline for pipeline, _ in self._feeds}
-        for spec, (pipeline, task) in list(self.pipelines.items()):
-            if pipeline not in wanted:
-                task.cancel()
-                del self.pipelines[spec]
+        self._end_unread_pipelines()
         keep = {s.address for s in http} | {r.address for r in _routes(site)}
         for address in [a for a in self._http if a not in keep]:
             await self._http.pop(address).stop()

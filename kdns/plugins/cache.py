@@ -138,12 +138,10 @@ class Store:
     more items than `capacity` nor more octets than that many shares fit in.
     """
 
-    def __init__(
-        self, capacity: int, random: random.Random, entries: Cell, evictions: Cell
-    ) -> None:
+    def __init__(self, capacity: int, rng: random.Random, entries: Cell, evictions: Cell) -> None:
         capacity = max(capacity // SHARDS, 4) * SHARDS
         self.items: RRCache[Key, Item] = RRCache(
-            capacity * OCTETS_PER_ENTRY, random.choice, lambda i: max(i.size, OCTETS_PER_ENTRY)
+            capacity * OCTETS_PER_ENTRY, rng.choice, lambda i: max(i.size, OCTETS_PER_ENTRY)
         )
         self._by_dep: dict[Hashable, set[Key]] = {}
         self._entries = entries
