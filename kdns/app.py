@@ -11,6 +11,7 @@ import contextlib
 import gc
 import logging
 import os
+import resource
 import signal
 import ssl
 import time
@@ -51,8 +52,14 @@ log = logging.getLogger("kdns")
 start = logging.getLogger(START)
 
 RESOLV_CONF = "/etc/resolv.conf"
+# File descriptors wanted: a thousand connections a listener, a thousand sockets to upstreams.
+# The soft limit of 1,024 that services start with (systemd) is for programs that use select().
+OPEN_FILES = 65536
 SOURCE_RESTART = 1.0  # seconds: a bug met at once again must not take the processor
-VERIFYING = frozenset(("require_and_verify", "verify_if_given"))
+CLIENT_AUTH = {
+    "verify_if_given": ssl.CERT_OPTIONAL,
+    "require_and_verify": ssl.CERT_REQUIRED,
+}
 
 
 class App:
@@ -180,11 +187,12 @@ class App:
         opened: dict[Place, Listener] = {}
         try:
             for place, router in site.routers.items():
+                context = _tls_context(site, place)  # also where it is only checked
                 if place in self.listeners:
                     continue
                 exchange = Exchange(router, self._upstreams, self.metrics)
                 listener = Listener(place, exchange, self.metrics)
-                await listener.open(_tls_context(site, place))
+                await listener.open(context)
                 opened[place] = listener
         except BaseException as e:
             for listener in opened.values():
@@ -217,6 +225,9 @@ class App:
         self.listeners.update(new)
         for place, listener in self.listeners.items():
             listener.exchange.router = site.routers[place]
+            tls: Any = site.tls_of(place)
+            if listener.context is not None and tls is not None and place not in new:
+                _load_certificates(listener.context, tls.cert, tls.key, tls.ca, tls.client_auth)
             for cache in listener.caches:
                 cache.clear()
             for block in site.blocks:
@@ -308,7 +319,7 @@ class App:
                     cache.clear()
                 else:
                     cache.drop(deps)
-        if self.site is not None and deps:
+        if self.site is not None and (deps is None or deps):
             for plugin in self.site.plugins():
                 if plugin.word == "cache":
                     plugin.invalidate(deps)  # type: ignore[attr-defined]
@@ -327,6 +338,14 @@ class App:
             ((str(spec.kind),), -1.0 if (age := p.age()) is None else age)
             for spec, (p, _) in self.pipelines.items()
         ]  # fmt: skip
+        metrics.gauge(
+            "coredns_reload_version_info", "Always 1; the hash of the Corefile served.",
+            ("hash", "value"),
+        ).read = lambda: (
+            [(("sha512", self.site.corefile.digest), 1.0)]
+            if self.site and any(p.word == "reload" for p in self.site.plugins())
+            else []
+        )  # fmt: skip
         metrics.gauge("kdns_packet_cache_entries", "Ready-made answers held.", ("server",)).read = (
             lambda: [
                 ((str(x.place),), float(sum(map(len, x.caches)))) for x in self.listeners.values()
@@ -452,6 +471,14 @@ def settle_memory() -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
+def raise_file_limit() -> None:
+    """Raise the soft limit of open files as far as the hard one lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def host_search() -> tuple[bytes, ...]:
     """Return the search list of this host's resolv.conf as wire names (for autopath)."""
     content, _ = files.read_file(RESOLV_CONF)
@@ -515,19 +542,23 @@ def _tls_context(site: Site, place: Place) -> ssl.SSLContext | None:
 
 def _context(cert: str, key: str, ca: str, client_auth: str = "nocert") -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    _load_certificates(context, cert, key, ca, client_auth)
+    return context
+
+
+def _load_certificates(
+    context: ssl.SSLContext, cert: str, key: str, ca: str, client_auth: str
+) -> None:
+    """Read the files into a context; connections made from then on use them."""
     try:
         context.load_cert_chain(cert, key)
         if ca:
             context.load_verify_locations(ca)
-        elif client_auth in VERIFYING:
+        elif client_auth in CLIENT_AUTH:
             context.load_default_certs(ssl.Purpose.CLIENT_AUTH)
     except (OSError, ssl.SSLError) as e:
         raise ConfigError([Problem(cert, 0, f"cannot use certificate and key: {e}")]) from e
-    if client_auth in ("require", "require_and_verify"):
-        context.verify_mode = ssl.CERT_REQUIRED
-    elif client_auth in ("request", "verify_if_given"):
-        context.verify_mode = ssl.CERT_OPTIONAL
-    return context
+    context.verify_mode = CLIENT_AUTH.get(client_auth, ssl.CERT_NONE)
 
 
 async def _follow_source(
@@ -612,6 +643,8 @@ def serve(
         except OSError as e:
             print(f"kdns: cannot write {pidfile}: {e.strerror}", file=sys.stderr)
             return 2
+
+    raise_file_limit()
 
     async def main() -> None:
         app = App(conf, text=text, dns_port=dns_port)

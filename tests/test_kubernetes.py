@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
-from objects import endpoint, external, kubernetes, namespace, pod, service, slice_of
-from support import Stub, a, answer, build, errors_of, make_setup, question
+from objects import endpoint, external, kubernetes, namespace, pod, service, slice_of, snapshot
+from support import Stub, a, answer, build, directives, errors_of, make_setup, question
 
 from kdns.dns import types as t
 from kdns.dns.message import Reply
 from kdns.dns.text import render_rr
+from kdns.metrics import HistogramCell
+from kdns.plugins.kubernetes import Kubernetes, setup
+from kdns.plugins.kubernetes_latency import TRIGGER_TIME
 from kdns.plugins.plugin import Plugin
+from kdns.registry.snapshot import everything
 
 WEB = service("web", ports=[("http", 80, "TCP"), ("", 9090, "TCP")])
 DB = service("db", ip="None", ports=[("pg", 5432, "TCP")])
@@ -184,6 +189,28 @@ def test_a_zone_transfer_holds_every_service_between_two_soas() -> None:
         "_http._tcp.web.default.svc.cluster.local. 5 IN SRV 0 100 80 web.default.svc.cluster.local.",  # noqa: E501
         "web.default.svc.cluster.local. 5 IN SRV 0 100 9090 web.default.svc.cluster.local.",
     ]
+
+
+def test_the_time_from_a_change_of_endpoints_to_its_answer_is_counted_once() -> None:
+    cx = make_setup()
+    cx.wall = lambda: 1763712000.0  # 2025-11-21T08:00:00Z
+    (plugin,) = setup(directives("kubernetes cluster.local"), cx)
+    assert isinstance(plugin, Kubernetes)
+
+    def publish(trigger: str) -> None:
+        one = slice_of("db", endpoint("10.244.1.50"))
+        meta = msgspec.structs.replace(one.metadata, annotations={TRIGGER_TIME: trigger})
+        found = snapshot(DB, msgspec.structs.replace(one, metadata=meta))
+        plugin.publish(found, everything(found), 0.0)
+
+    publish("2025-11-21T07:00:00Z")  # listed at start: says nothing of the speed
+    family = cx.metrics.families["coredns_kubernetes_dns_programming_duration_seconds"]
+    assert not family.cells
+    for trigger in ("2025-11-21T07:59:58Z", "2025-11-21T07:59:58Z", "yesterday"):
+        publish(trigger)
+    cell = family.labels("headless_with_selector")
+    assert isinstance(cell, HistogramCell)
+    assert (sum(cell.counts), cell.sum) == (1, 2.0)
 
 
 @pytest.mark.parametrize(

@@ -140,3 +140,25 @@ async def test_a_certificate_that_cannot_be_used_is_named(
     with pytest.raises(ConfigError, match=r"nosuch\.pem: cannot use certificate and key"):
         async with RunningKdns(text):
             pass
+
+
+async def test_a_reload_takes_a_renewed_certificate(
+    authority: tuple[trustme.CA, Path], tmp_path: Path
+) -> None:
+    _, folder = authority
+    conf = tmp_path / "Corefile"
+    text = corefile("tls", folder)
+    conf.write_text(text)
+    other = trustme.CA()
+    renewed = other.issue_cert("127.0.0.1")
+    renewed.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    renewed.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    async with RunningKdns(conf=str(conf)) as kdns:
+        port = kdns.app.port("tls")
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await over_tls(port, trusting(other))
+        for name in ("key.pem", "cert.pem"):
+            text = text.replace(f"{folder}/{name}", f"{tmp_path}/{name}")
+        conf.write_text(text)
+        assert await kdns.app.reload()
+        assert parse_message(await over_tls(port, trusting(other))).answer

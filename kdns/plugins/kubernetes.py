@@ -16,6 +16,7 @@ from kdns.dns import types as t
 from kdns.dns.message import AA, FOREVER, RR, TC, Query, Reply
 from kdns.dns.name import ROOT, is_subdomain, labels_of
 from kdns.dns.reverse import IN_ADDR, IP6_ARPA, address_of
+from kdns.plugins.kubernetes_latency import ProgrammingLatency
 from kdns.plugins.plugin import Ask, Feed, Outcome, Plugin, Work
 from kdns.plugins.setup import Setup
 from kdns.registry.selectors import BadSelector, parse_selector
@@ -53,6 +54,7 @@ class Kubernetes(Plugin):
         startup_timeout: float = 5.0,
         local_addresses: tuple[bytes, ...] = (),
         host_search: tuple[bytes, ...] = (),
+        latency: ProgrammingLatency | None = None,
     ) -> None:
         self.zones = frozenset(zones)
         self.primary = primary_zone(zones)
@@ -62,6 +64,7 @@ class Kubernetes(Plugin):
         self.startup_timeout = startup_timeout
         self.local_addresses = local_addresses
         self.host_search = host_search
+        self.latency = latency
         # Seconds since the source was last heard of; app.py puts its pipeline's here.
         self.source_age: Callable[[], float | None] = lambda: None
         self.records = ClusterRecords(options)
@@ -82,6 +85,8 @@ class Kubernetes(Plugin):
         """Take over a snapshot; return the deps of answers that may be different now."""
         was_synced = self.records.synced
         deps = self.records.update(snapshot, changes)
+        if self.latency is not None:
+            self.latency.observe(snapshot, changes)
         if snapshot.synced != was_synced:
             return None
         return deps
@@ -151,16 +156,16 @@ class Kubernetes(Plugin):
         if not answer:
             return self._negative(zone, t.NOERROR, deps)
         reply = Reply(t.NOERROR, answer, None, list(additional), served_by="kubernetes")
+        reply.deps = deps
         if self.records.synced:
             reply.keep = FOREVER
-            reply.deps = deps
         return reply
 
     def _negative(self, zone: bytes, rcode: int, deps: tuple[Dep, ...]) -> Reply:
         reply = Reply(rcode, None, [self._soa_record(zone)], served_by="kubernetes")
+        reply.deps = (c.SOA_DEP, *deps)
         if self.records.synced:
             reply.keep = FOREVER
-            reply.deps = (c.SOA_DEP, *deps)
         return reply
 
     def _missing(self, query: Query, zone: bytes, deps: tuple[Dep, ...]) -> Outcome:
@@ -293,7 +298,7 @@ class Kubernetes(Plugin):
                 return self._negative(zone, t.NOERROR, deps)
             chain = [*chain, link]
             if not is_subdomain(key, zone_key):
-                return self._ask_outside(query, chain, target)
+                return self._ask_outside(query, chain, target, deps)
             labels = labels_of(key)[: -len(labels_of(zone_key)) or None]
             found, more = self.records.lookup(labels)
             deps = (*deps, *more)
@@ -314,12 +319,18 @@ class Kubernetes(Plugin):
             return node.addresses(qtype)
         return node.services(zone)[0] if qtype == t.SRV else []
 
-    def _ask_outside(self, query: Query, chain: list[RR], target: bytes) -> Outcome:
+    def _ask_outside(
+        self, query: Query, chain: list[RR], target: bytes, deps: tuple[Dep, ...]
+    ) -> Outcome:
         def then(reply: Reply | None) -> Outcome:
             answer = reply.answer if reply is not None else []
             truncated = reply.flags & TC if reply is not None else 0
             # The target's rcode is lost: NOERROR with the CNAME alone (reference 1.5).
-            return Reply(t.NOERROR, [*chain, *answer], flags=AA | truncated, served_by="kubernetes")
+            outcome = Reply(
+                t.NOERROR, [*chain, *answer], flags=AA | truncated, served_by="kubernetes"
+            )
+            outcome.deps = deps
+            return outcome
 
         return Ask(query.asking(target), then)
 
@@ -447,6 +458,7 @@ def setup(directives: Sequence[Directive], cx: Setup) -> list[Plugin]:
             startup_timeout=reader.startup_timeout,
             local_addresses=cx.facts.local_addresses,
             host_search=cx.facts.host_search,
+            latency=ProgrammingLatency(cx.metrics, cx.wall),
         )
     ]
 

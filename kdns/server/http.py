@@ -37,27 +37,25 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-class HttpServer:
-    """One listening address with any number of paths; paths may be replaced while it runs."""
+class _Server:
+    """One listening address; a subclass answers requests."""
 
-    def __init__(self, address: str, context: ssl.SSLContext | None = None) -> None:
-        self.address = address
-        self.port = 0
-        self.routes: dict[str, HttpRoute] = {}
+    def __init__(self, host: str, port: int, context: ssl.SSLContext | None) -> None:
+        self.port = port
+        self._host = host
         self._context = context
         self._runner: web.ServerRunner | None = None
 
     async def start(self) -> None:
-        """Listen. Raises OSError where the address cannot be had."""
+        """Listen; `port` is then the one that was got. Raises OSError."""
         from aiohttp import web
 
-        host, port = split_address(self.address)
         self._runner = web.ServerRunner(web.Server(self._handle), shutdown_timeout=SHUTDOWN)
         await self._runner.setup()
         site = web.TCPSite(
             self._runner,
-            host or None,
-            port,
+            self._host or None,
+            self.port,
             ssl_context=self._context,
             reuse_address=True,
         )
@@ -75,6 +73,18 @@ class HttpServer:
             self._runner = None
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        raise NotImplementedError
+
+
+class HttpServer(_Server):
+    """One address with any number of paths; paths may be replaced while it runs."""
+
+    def __init__(self, address: str, context: ssl.SSLContext | None = None) -> None:
+        super().__init__(*split_address(address), context)
+        self.address = address
+        self.routes: dict[str, HttpRoute] = {}
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         from aiohttp import web
 
         route = self.routes.get(request.path)
@@ -87,47 +97,26 @@ class HttpServer:
         return web.Response(status=status, body=body, headers={"Content-Type": content_type})
 
 
-class DohServer:
+class DohServer(_Server):
     """DNS over HTTPS on one address. Path /dns-query, as CoreDNS."""
 
     def __init__(
-        self, host: str, port: int, context: ssl.SSLContext | None, exchange: Exchange,
-        metrics: Metrics, label: str,
-    ) -> None:  # fmt: skip
+        self,
+        host: str,
+        port: int,
+        context: ssl.SSLContext | None,
+        exchange: Exchange,
+        metrics: Metrics,
+        label: str,
+    ) -> None:
+        super().__init__(host, port, context)
         self.exchange = exchange
-        self.port = port
-        self._host = host
-        self._context = context
-        self._runner: web.ServerRunner | None = None
         self._count = metrics.counter(
             "coredns_dns_https_responses_total",
             "Counter of DoH responses per server and http status code.",
             ("server", "status"),
         )
         self._label = label
-
-    async def start(self) -> None:
-        """Listen. Raises OSError where the address cannot be had."""
-        from aiohttp import web
-
-        self._runner = web.ServerRunner(web.Server(self._handle), shutdown_timeout=SHUTDOWN)
-        await self._runner.setup()
-        site = web.TCPSite(
-            self._runner, self._host or None, self.port, ssl_context=self._context,
-            reuse_address=True,
-        )  # fmt: skip
-        try:
-            await site.start()
-        except BaseException:
-            await self._runner.cleanup()
-            raise
-        self.port = self._runner.addresses[0][1]
-
-    async def stop(self) -> None:
-        """Close the listener and its connections."""
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         response = await self._answer(request)

@@ -53,9 +53,11 @@ class Listener:
         self._udp: list[UdpListener] = []
         self._tcp: list[tuple[asyncio.Server, TcpServer]] = []
         self._doh: DohServer | None = None
+        self.context: ssl.SSLContext | None = None
 
     async def open(self, context: ssl.SSLContext | None = None) -> None:
         """Open everything or nothing. Raises OSError."""
+        self.context = context
         try:
             if self.place.scheme == "https":
                 self._doh = DohServer(

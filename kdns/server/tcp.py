@@ -1,7 +1,9 @@
 """DNS over TCP and TLS (RFC 7766, RFC 7858): frames in, frames out, bounded in every way.
 
-Decides when a connection has had enough: too slow to ask, too slow to read, idle. Answers
-come from server/exchange.py in any order, as RFC 7766 s7 allows.
+Decides when a connection has had enough: too slow to ask, too slow to read, idle; and whose
+question is next: connections take turns, one question each, for a bounded time, so that a
+flood over TCP leaves UDP and its fellows their share. Answers come from server/exchange.py in
+any order, as RFC 7766 s7 allows.
 """
 
 from __future__ import annotations
@@ -19,12 +21,18 @@ from kdns.server.exchange import Exchange
 
 FIRST_QUERY = 3.0  # seconds, as CoreDNS (reference 1.15)
 IDLE = 10.0
-# Connections of one listener. With the buffers below that is at most 200 MB of kernel and
-# own memory under attack, and 30 MB in ordinary use.
+# Connections of one listener. With the buffers below that is at most some 70 MB of own memory
+# under attack, and under 10 MB in ordinary use.
 MAX_CONNECTIONS = 1000
 # Questions of one connection under way at a time; more are read when some are answered.
 MAX_PIPELINED = 64
-WRITE_HIGH = 128 << 10  # octets unsent before the connection's questions wait
+WRITE_HIGH = 16 << 10  # octets unsent, beyond the kernel's, before questions wait
+MAX_BLOCKED = 200  # connections that may leave their answers unread at a time
+READ = 16 << 10  # octets read at a time; more than so many wait in the kernel
+# Octets of unfinished messages of all connections. A question has some 50 octets and is
+# finished at once; only an attack comes near.
+MAX_HELD = 16 << 20
+TURN = 0.005  # seconds of answering over TCP before UDP and timers get their turn
 
 
 class TcpServer:
@@ -34,7 +42,14 @@ class TcpServer:
         self.exchange = exchange
         self.proto = proto
         self.connections: set[Connection] = set()
+        # What one read of any connection goes into; a view, for TLS fills it slice by slice.
+        self.scratch = memoryview(bytearray(READ))
+        self.held = 0
+        self.blocked = 0
         self._rejected = rejected
+        self._turns: deque[Connection] = deque()
+        self._scheduled = False
+        self._loop = asyncio.get_running_loop()
 
     def protocol(self) -> Connection:
         """For loop.create_server."""
@@ -48,14 +63,30 @@ class TcpServer:
         self.connections.add(connection)
         return True
 
+    def queue(self, connection: Connection) -> None:
+        """Give the connection a turn, after those that wait already."""
+        self._turns.append(connection)
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._take_turns)
+
+    def _take_turns(self) -> None:
+        until = self._loop.time() + TURN
+        turns = self._turns
+        while turns and self._loop.time() < until:
+            turns.popleft().take_turn()
+        self._scheduled = bool(turns)
+        if turns:
+            self._loop.call_soon(self._take_turns)
+
     def close(self) -> None:
         """Close all connections at once."""
         for connection in list(self.connections):
             connection.abort()
 
 
-class Connection(asyncio.Protocol):
-    """One client."""
+class Connection(asyncio.BufferedProtocol):
+    """One client. A BufferedProtocol, for it alone can say how much is read at a time."""
 
     def __init__(self, server: TcpServer) -> None:
         self._server = server
@@ -65,12 +96,13 @@ class Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._pending = 0
         self._blocked = False  # the peer does not read what we write
+        self._queued = False
         self._streams: deque[tuple[Query, Reply, Iterator[list[RR]]]] = deque()
         self._last = 0.0
         self._eof = False
         self._peer: tuple[str, int] = ("", 0)
 
-    # --- asyncio.Protocol -----------------------------------------------------------------
+    # --- asyncio.BufferedProtocol ---------------------------------------------------------
 
     def connection_made(self, transport: Any) -> None:
         self._transport = transport
@@ -82,9 +114,17 @@ class Connection(asyncio.Protocol):
         self._last = self._loop.time()
         self._timer = self._loop.call_later(FIRST_QUERY, self._check_idle, FIRST_QUERY)
 
-    def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        self._read_frames()
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._server.scratch  # emptied by buffer_updated before any other read
+
+    def buffer_updated(self, nbytes: int) -> None:
+        server = self._server
+        self._buffer += server.scratch[:nbytes]
+        server.held += nbytes
+        if server.held > MAX_HELD and len(self._buffer) > READ:
+            self.abort()
+        else:
+            self._go_on()
 
     def eof_received(self) -> bool:
         self._eof = True
@@ -95,6 +135,9 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
         self._transport = None
+        self._server.held -= len(self._buffer)
+        self._server.blocked -= self._blocked
+        self._blocked = False
         self._buffer.clear()
         self._streams.clear()
         if self._timer is not None:
@@ -102,14 +145,18 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._blocked = True
-        self._update_reading()
+        self._server.blocked += 1
+        if self._server.blocked > MAX_BLOCKED:
+            self.abort()
+        else:
+            self._update_reading()
 
     def resume_writing(self) -> None:
         self._blocked = False
+        self._server.blocked -= 1
         self._last = self._loop.time()
         self._write_streams()
-        self._update_reading()
-        self._read_frames()
+        self._go_on()
 
     # --- questions ------------------------------------------------------------------------
 
@@ -117,17 +164,35 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def _read_frames(self) -> None:
-        buffer = self._buffer
-        while len(buffer) >= 2 and not self._blocked and self._pending < MAX_PIPELINED:
-            size = buffer[0] << 8 | buffer[1]
-            if len(buffer) < size + 2:
-                break
-            wire = bytes(buffer[2 : size + 2])
-            del buffer[: size + 2]
+    def take_turn(self) -> None:
+        """Answer one question, if it still may be."""
+        self._queued = False
+        if self._transport is None or self._transport.is_closing():
+            return
+        size = self._message()
+        if size and self._may_ask():
+            wire = bytes(self._buffer[2:size])
+            del self._buffer[:size]
+            self._server.held -= size
             self._ask(wire)
-            if self._transport is None:
-                return
+        self._go_on()
+
+    def _message(self) -> int:
+        """Return the octets of the first message and its length, 0 if it has not all come."""
+        buffer = self._buffer
+        if len(buffer) < 2:
+            return 0
+        size = (buffer[0] << 8 | buffer[1]) + 2
+        return size if len(buffer) >= size else 0
+
+    def _may_ask(self) -> bool:
+        return not self._blocked and self._pending < MAX_PIPELINED
+
+    def _go_on(self) -> None:
+        """Take a turn for the next question, read on, or close: whatever there is to do."""
+        if not self._queued and self._may_ask() and self._message():
+            self._queued = True
+            self._server.queue(self)
         self._update_reading()
         self._close_if_done()
 
@@ -154,7 +219,7 @@ class Connection(asyncio.Protocol):
                 if reply.stream is not None:
                     self._streams.append((query, reply, iter(reply.stream)))
                     self._write_streams()
-            self._read_frames()
+            self._go_on()
 
         result = self._server.exchange.answer(query, done)
         if isinstance(result, (Reply, Drop)):
@@ -188,13 +253,19 @@ class Connection(asyncio.Protocol):
         transport = self._transport
         if transport is None or transport.is_closing():
             return
-        if self._blocked or self._pending >= MAX_PIPELINED:
+        if not self._may_ask() or (len(self._buffer) > READ and self._message()):
             transport.pause_reading()
         else:
             transport.resume_reading()
 
     def _close_if_done(self) -> None:
-        if self._eof and not self._pending and not self._streams and self._transport is not None:
+        if (
+            self._eof
+            and not self._pending
+            and not self._streams
+            and not self._message()
+            and self._transport is not None
+        ):
             self._transport.close()
 
     def _check_idle(self, allowed: float) -> None:
