@@ -12,8 +12,8 @@ from kdns.dns.message import Reply
 from kdns.dns.text import render_rr
 from kdns.metrics import HistogramCell
 from kdns.plugins.kubernetes import Kubernetes, setup
-from kdns.plugins.kubernetes_latency import TRIGGER_TIME
 from kdns.plugins.plugin import Plugin
+from kdns.registry.decode import TRIGGER_TIME
 from kdns.registry.snapshot import everything
 
 WEB = service("web", ports=[("http", 80, "TCP"), ("", 9090, "TCP")])

@@ -73,6 +73,22 @@ async def test_dns_over_tls(authority: tuple[trustme.CA, Path]) -> None:
         assert answer.answer[0].rdata == bytes([10, 96, 0, 50])
 
 
+async def test_many_questions_over_one_tls_connection(authority: tuple[trustme.CA, Path]) -> None:
+    """More at once than one read takes (server/tcp.py READ), so that none gets lost between."""
+    ca, folder = authority
+    async with RunningKdns(corefile("tls", folder)) as kdns:
+        port = kdns.app.port("tls")
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting(ca))
+        framed = len(QUESTION).to_bytes(2, "big")
+        writer.write(b"".join(framed + n.to_bytes(2, "big") + QUESTION[2:] for n in range(2000)))
+        async with asyncio.timeout(10):
+            for n in range(2000):
+                size = int.from_bytes(await reader.readexactly(2), "big")
+                reply = parse_message(await reader.readexactly(size))
+                assert (reply.id, len(reply.answer)) == (n, 1)
+        writer.close()
+
+
 async def test_a_client_without_certificate_is_turned_away_where_one_is_required(
     authority: tuple[trustme.CA, Path],
 ) -> None:

@@ -558,7 +558,7 @@ def _render_compressed(
 
 def _remember(seen: dict[bytes, int], name: bytes, at: int) -> None:
     i = 0
-    while name[i]:
+    while i < len(name) and name[i]:
         if at + i >= 0x4000:
             return
         seen.setdefault(name[i:], at + i)
@@ -588,12 +588,20 @@ _LAYOUT: dict[int, str] = {
     t.SOA: "nn20", 14: "nn", t.MX: "2n", 17: "nn", 18: "2n", 21: "2n", 26: "2nn", 24: "18n*",
     t.SRV: "6n", 36: "2n", t.DNAME: "n", t.NAPTR: "4sssn", t.RRSIG: "18n*", t.NSEC: "n*",
 }  # fmt: skip
+# Where the rdata of other types holds a name. It is written whole, but names after it may
+# point at it (miekg/dns; so the glue of an SRV record costs two octets).
+_PLAIN_NAME = {
+    t.SRV: 6, t.DNAME: 0, t.NSEC: 0, t.RRSIG: 18, 17: 0, 18: 2, 21: 2, 36: 2,
+}  # fmt: skip
 
 
 def _put_rr(out: bytearray, seen: dict[bytes, int], rr: RR) -> None:
     _put_name(out, seen, rr.name)
     rtype = rr.type
     if rtype not in _NAME_AT_START and rtype != t.SOA and rtype != t.MX and rtype != 14:
+        at = _PLAIN_NAME.get(rtype)
+        if at is not None:
+            _remember(seen, rr.rdata[at:], len(out) + 10 + at)
         out += rr.tail
         return
     out += rr.tail[:10]

@@ -86,6 +86,8 @@ class Chain:
             for i, p in reversed(list(enumerate(self.plugins)))
             if type(p).on_drop is not Plugin.on_drop
         ]
+        # Nothing here answers or looks at answers (`bind`, `health`, ...): as an empty block.
+        self.idle = not (downs or self._ups or self._drops)
         for plugin in self.plugins:
             plugin.link(self.plugins)
 
@@ -245,7 +247,7 @@ class Router:
         if query.qclass != t.IN and not self.any_class:
             return self._refuse(query, t.REFUSED)
         chain = self._only or self.route(query)
-        if chain is None or not chain.plugins:
+        if chain is None or chain.idle:
             return self._refuse(query, t.REFUSED)
         return chain.run(query)
 

@@ -31,6 +31,7 @@ VERSION_TTL = 28800  # fixed by CoreDNS, not the `ttl` option (reference 1.8)
 SCHEMA_VERSION = b"1.1.0"  # DNS spec 2.2
 NS_DNS = b"\x02ns\x03dns"
 HOSTMASTER = b"\x0ahostmaster"
+REVERSE = (IN_ADDR, IP6_ARPA)
 DEFAULT_TTL = 5
 # Three bookmarks, which an API server sends about every minute, have not come: what is
 # answered may be out of date.
@@ -118,13 +119,13 @@ class Kubernetes(Plugin):
         qtype = query.qtype
         if qtype == t.AXFR or qtype == t.IXFR:
             return Reply(t.REFUSED, flags=0)
+        if qtype == t.PTR:
+            return self._pointer(query, zone, labels)
         if not labels:
             return self._apex(query, zone)
         if qtype == t.SOA and not self._strict:
             # CoreDNS answers NODATA for the SOA of any name (reference 1.2).
             return self._negative(zone, t.NOERROR, ())
-        if qtype == t.PTR or zone.lower() in self._reverse:
-            return self._reverse_name(query, zone, labels)
         return self._forward_name(query, zone, labels)
 
     def _forward_name(self, query: Query, zone: bytes, labels: list[bytes]) -> Outcome:
@@ -133,6 +134,8 @@ class Kubernetes(Plugin):
             return self._dns_version(query, zone)
         if len(labels) == 2 and labels[0] == b"ns" and labels[1] == b"dns":
             return self._default_ns(query, zone)
+        if query.key.endswith(REVERSE) and not (len(labels) == 1 and labels[0] in (SVC, c.POD)):
+            return self._reverse_name(query, zone)
         found, deps = self.records.lookup(labels)
         if isinstance(found, Node):
             if qtype == t.A or qtype == t.AAAA:
@@ -336,29 +339,37 @@ class Kubernetes(Plugin):
 
     # --- reverse names (reference 1.7) --------------------------------------------------
 
-    def _reverse_name(self, query: Query, zone: bytes, labels: list[bytes]) -> Outcome:
-        zone_key = zone.lower()
-        if zone_key not in self._reverse:
-            # PTR on a forward name: does the name exist?
-            return self._forward_name(query, zone, labels)
-        text = address_of(query.key)
-        packed = c.parse_ip(text) if text is not None else None
+    def _pointer(self, query: Query, zone: bytes, labels: list[bytes]) -> Outcome:
+        """Answer a PTR question, whichever of our zones it lies in: the whole name decides."""
+        packed = _address(query.key)
         if packed is None:
-            if self._strict and self.records.has_reverse_below(query.key):
+            # Not the name of an address: does it exist as something else? `ns.dns` does not,
+            # for PTR (CoreDNS).
+            if not labels or (self._strict and labels == [b"ns", b"dns"]):
                 return self._negative(zone, t.NOERROR, ())
-            return self._missing(query, zone, ())
-        deps: tuple[Dep, ...] = (packed,)
+            if labels == [b"ns", b"dns"]:
+                return self._missing(query, zone, ())
+            return self._forward_name(query, zone, labels)
         pointers = self.records.pointers(packed)
-        if query.qtype != t.PTR:
-            if self._strict and pointers:
-                return self._negative(zone, t.NOERROR, deps)
-            return self._missing(query, zone, deps)
         if not pointers:
-            return self._missing(query, zone, deps)
+            return self._missing(query, zone, (packed,))
         answer = [
             RR(query.name, t.PTR, self._ttl, join(target, self.primary)) for target in pointers
         ]
-        return self._positive(answer, [], deps, zone)
+        return self._positive(answer, [], (packed,), zone)
+
+    def _reverse_name(self, query: Query, zone: bytes) -> Outcome:
+        """Answer for other types than PTR, and for names that are no whole address."""
+        packed = _address(query.key)
+        deps: tuple[Dep, ...] = () if packed is None else (packed,)
+        if self._strict:
+            if packed is None:
+                exists = self.records.has_reverse_below(query.key)
+            else:
+                exists = bool(self.records.pointers(packed))
+            if exists:
+                return self._negative(zone, t.NOERROR, deps)
+        return self._missing(query, zone, deps)
 
     # --- for other plugins --------------------------------------------------------------
 
@@ -392,6 +403,12 @@ class Kubernetes(Plugin):
             for records in self.records.services():
                 yield from transfer_records(records, zone)
         yield soa
+
+
+def _address(key: bytes) -> bytes | None:
+    """Return the packed address a whole reverse name stands for, else None."""
+    text = address_of(key)
+    return None if text is None else c.parse_ip(text)
 
 
 def _suffixes(key: bytes) -> Iterator[bytes]:

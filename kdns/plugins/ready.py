@@ -3,8 +3,8 @@
 Decides when a plugin is asked. CoreDNS asks a plugin no more once it was ready; here it is
 asked each time, so that a server which has lost what it needs can say so, unless the Corefile
 says `monitor until-ready`. Only an explicit `monitor continuously` asks for stale knowledge
-too: by default an API server that is down must not take all DNS with it. Several blocks may name one address: app.py puts their answers
-together.
+too: by default an API server that is down must not take all DNS with it. Several blocks may
+name one address: app.py puts their answers together.
 """
 
 from __future__ import annotations
