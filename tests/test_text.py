@@ -221,6 +221,11 @@ def test_repr_of_a_record_is_its_text() -> None:
 
 
 KNOWN = sorted(_LAYOUT)
+UNKNOWN_TO_DNSPYTHON = {
+    name
+    for name, number in t.TYPES.items()
+    if dns.rdatatype.to_text(dns.rdatatype.RdataType.make(number)).startswith("TYPE")
+}
 
 names = st.lists(st.binary(min_size=1, max_size=20), max_size=5).map(name_of)
 
@@ -249,6 +254,8 @@ def test_dnspython_reads_what_is_printed(type: int, octets: bytes, name: bytes) 
             continue
         if wire != rdata:
             continue  # names that dnspython folds, sizes it rounds
+        if UNKNOWN_TO_DNSPYTHON.intersection(text.split()):
+            continue  # in the type lists of NSEC and CSYNC
         assert theirs(type, text) == rdata
         if not text.startswith("\\#"):  # an empty digest or key is a shape kdns does not print
             assert parse_rdata(type, read.to_text()) == rdata
