@@ -6,7 +6,6 @@ plugins', sockets and tasks are app.py's.
 
 from __future__ import annotations
 
-import glob
 import importlib
 import os
 import random
@@ -15,11 +14,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from kdns.corefile import Corefile, Key, Problems, ServerBlock, parse_corefile
+from kdns.corefile_tokens import read_text
 from kdns.dns.message import Query, Reply
 from kdns.dns.name import BadName, parse_name
 from kdns.errors import ConfigError, Problem
 from kdns.metrics import Metrics
-from kdns.plugins import NOT_HERE, ORDER
+from kdns.plugins import ORDER
 from kdns.plugins.chain import Chain, Router
 from kdns.plugins.plugin import Plugin, ServerFacts
 from kdns.plugins.setup import Setup
@@ -78,25 +78,10 @@ def read_corefile(
     if text is None:
         assert path is not None
         try:
-            with open(path, encoding="utf-8", errors="replace") as f:
-                text = f.read()
+            text = read_text(path)
         except OSError as e:
             raise ConfigError([Problem(path, 0, e.strerror or str(e))]) from None
-
-    def read(name: str) -> str:
-        with open(name, encoding="utf-8", errors="replace") as f:
-            return f.read()
-
-    return parse_corefile(
-        text,
-        file=path or "Corefile",
-        read=read,
-        expand=lambda pattern: sorted(glob.glob(pattern)),
-        environ=environ,
-        default_port=default_port,
-        words=ORDER,
-        unsupported=NOT_HERE,
-    )
+    return parse_corefile(text, file=path or "Corefile", environ=environ, default_port=default_port)
 
 
 def build_site(
@@ -107,7 +92,7 @@ def build_site(
     routers = _routers(blocks, problems, metrics)
     if problems.errors:
         raise ConfigError(problems.found)
-    return Site(corefile, blocks, routers, list(problems.found))
+    return Site(corefile, blocks, routers, sorted(problems.found, key=lambda p: (p.file, p.line)))
 
 
 def _build_block(
