@@ -172,6 +172,8 @@ class App:
             raise
         await self._retire(site, new, http, feeds)
         self.site = site
+        debug = any(plugin.word == "debug" for plugin in plugins)
+        log.setLevel(logging.DEBUG if debug else logging.INFO)
         self._start_work(site)
 
     async def _open_listeners(

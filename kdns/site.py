@@ -10,16 +10,16 @@ import importlib
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kdns.corefile import Corefile, Key, Problems, ServerBlock, parse_corefile
+from kdns.corefile import Corefile, Key, Problems, ServerBlock, Token, parse_corefile
 from kdns.corefile_tokens import read_text
 from kdns.dns.message import Query, Reply
 from kdns.dns.name import BadName, parse_name
 from kdns.errors import ConfigError, Problem
 from kdns.metrics import Metrics
-from kdns.plugins import ORDER
+from kdns.plugins import ORDER, bind
 from kdns.plugins.chain import Chain, Router
 from kdns.plugins.plugin import Plugin, ServerFacts
 from kdns.plugins.setup import Setup
@@ -101,7 +101,7 @@ def _build_block(
     key = block.keys[0]
     facts = ServerFacts(
         zones=tuple(dict.fromkeys(k.zone for k in block.keys)),
-        label=f"{key.scheme}://:{key.port}",
+        label=str(Place(key.scheme, "", key.port)),
         root=os.getcwd(),
         scheme=key.scheme,
         port=key.port,
@@ -119,23 +119,27 @@ def _build_block(
         wall=time.time,
     )
     plugins: list[Plugin] = []
+    addresses: tuple[str, ...] = ("",)
     for word, module in ORDER.items():
         mine = [d for d in block.directives if d.name == word]
-        if mine:
+        if word == "bind" and mine:
+            binds = bind.setup(mine, cx)
+            plugins += binds
+            addresses = _addresses(mine[0].word, binds, problems)
+            if len(addresses) == 1:
+                facts.label = str(Place(key.scheme, addresses[0], key.port))
+        elif mine:
             plugins += importlib.import_module(f"kdns.plugins.{module}").setup(mine, cx)
-    addresses = _addresses(block, plugins, problems)
     return Block(block.keys, addresses, plugins, Chain(plugins), facts)
 
 
-def _addresses(block: ServerBlock, plugins: list[Plugin], problems: Problems) -> tuple[str, ...]:
-    binds = [p for p in plugins if p.word == "bind"]
-    if not binds:
-        return ("",)
+def _addresses(at: Token, binds: Sequence[Plugin], problems: Problems) -> tuple[str, ...]:
+    """Return the addresses that a block's `bind` lines stand for."""
     out: list[str] = []
-    for bind in binds:
-        found = resolve_binds(bind.addresses, bind.excepted)  # type: ignore[attr-defined]
+    for one in binds:
+        assert isinstance(one, bind.Bind)
+        found = resolve_binds(one.addresses, one.excepted)
         if isinstance(found, str):
-            at = next(d.word for d in block.directives if d.name == "bind")
             problems.error(at, found)
         else:
             out += found
@@ -183,5 +187,5 @@ def _unmatched(place: Place, metrics: Metrics) -> Callable[[Query, Reply], Reply
     """Return what counts the questions that no block answers: zone "dropped" (CoreDNS)."""
     from kdns.plugins.prometheus import Prometheus
 
-    facts = ServerFacts(("dropped",), f"{place.scheme}://:{place.port}", "")
+    facts = ServerFacts(("dropped",), str(place), "")
     return Prometheus(Setup(Problems(), facts, metrics, time.monotonic, random.Random())).on_reply

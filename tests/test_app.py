@@ -148,7 +148,7 @@ async def test_health_ready_and_metrics(tmp_path: Path) -> None:
         assert status == 200
         lines = text.splitlines()
         wanted = (
-            'coredns_dns_requests_total{family="1",proto="udp",server="dns://:0",type="A",'
+            'coredns_dns_requests_total{family="1",proto="udp",server="dns://127.0.0.1:0",type="A",'
             'view="",zone="."} 3.0'
         )
         normal = [

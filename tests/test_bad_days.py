@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -729,3 +730,19 @@ async def test_a_reload_that_fails_leaves_nothing_running(tmp_path: Path) -> Non
                 ((pipeline, _),) = kdns.app.pipelines.values()
                 assert len(pipeline._readers) == 1
             assert await steadily(kdns, "web") == "10.96.0.50"
+
+
+async def test_a_server_that_forwards_to_itself_says_so_at_once() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    text = f""".:{port} {{
+        bind 127.0.0.1
+        loop
+        forward . 127.0.0.1:{port}
+    }}"""
+    async with RunningKdns(text) as kdns:
+        async with asyncio.timeout(1.5):  # less than one time-out of an upstream question
+            while kdns.app.metrics.value("kdns_loop_detected", f"dns://127.0.0.1:{port}", ".") != 1:
+                await asyncio.sleep(0.01)
+        assert (await kdns.ask("www.example.com.")).rcode == t.SERVFAIL

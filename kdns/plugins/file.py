@@ -65,8 +65,12 @@ class ZonePlugin(Plugin):
         found = zone.lookup(key, qtype, query.do)
         if found.missing and not found.answer and self.falls_through(origin, key):
             return None
-        if found.target is not None:
-            return self._follow(query, zone, found, found.target)
+        target = found.target
+        if found.missing and found.answer:
+            # The zone lacks what its CNAME leads to; fallthrough or another block may have it.
+            target = next(rr.rdata for rr in reversed(found.answer) if rr.type == t.CNAME)
+        if target is not None:
+            return self._follow(query, zone, found, target)
         return self._reply(found, FOREVER)
 
     def _reply(self, found: Found, keep: float) -> Reply:
@@ -87,11 +91,14 @@ class ZonePlugin(Plugin):
         def then(reply: Reply | None) -> Outcome:
             assert reply is not None  # only an Ask with a time-out gets None
             found.answer += reply.answer
+            found.rcode = t.NOERROR
             # RFC 6604 s3: the rcode is that of the last name asked for.
             if reply.rcode in (t.NXDOMAIN, t.SERVFAIL):
                 found.rcode = reply.rcode
             if reply.rcode == t.NXDOMAIN or (reply.rcode == t.NOERROR and not reply.answer):
                 found.authority = zone.start(do)
+            else:
+                found.authority = zone.servers(do)
             found.additional = zone.addresses(found.answer, do)
             return self._reply(found, 0.0)
 

@@ -164,7 +164,7 @@ class Forward(Plugin):
         problem = ""
         found: list[Upstream] = []
         if content is None:
-            problem = error or "cannot be read"
+            problem = (error or "cannot be read").removeprefix(f"{path}: ")
         else:
             named = parse_resolv_conf(content)
             found = [address for address in named if not self._is_self(address)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -23,6 +23,8 @@ from kdns.registry.objects import (
     NAMESPACE,
     POD,
     SERVICE,
+    SERVICE_IMPORT,
+    SOURCE_CLUSTER_LABEL,
     EndpointSlice,
     Key,
     Kind,
@@ -31,6 +33,8 @@ from kdns.registry.objects import (
     Object,
     Pod,
     Service,
+    ServiceImport,
+    ServicePort,
 )
 
 STRUCTS: Final[Mapping[Kind, type[Object]]] = {
@@ -38,6 +42,7 @@ STRUCTS: Final[Mapping[Kind, type[Object]]] = {
     ENDPOINT_SLICE: EndpointSlice,
     NAMESPACE: Namespace,
     POD: Pod,
+    SERVICE_IMPORT: ServiceImport,
 }
 # Annotations are read for little and hold much (last-applied-configuration alone doubles
 # an object): all others are let go.
@@ -47,6 +52,7 @@ KEPT_ANNOTATIONS = frozenset({TRIGGER_TIME, INITIAL_EVENTS_END})
 
 # A name becomes a DNS label: 63 octets (RFC 1035 2.3.4); dots would split it.
 _LABEL = re.compile(r"[-A-Za-z0-9_]{1,63}\Z")
+_LABEL_VALUE = re.compile(r"[-A-Za-z0-9_.]{0,63}\Z")
 MAX_NAME = 253  # of objects whose name is no label: Pods, EndpointSlices
 MAX_PORT = 65535
 ADDRESS_TYPES = ("IPv4", "IPv6", "FQDN")
@@ -311,7 +317,7 @@ def check(kind: Kind, obj: Object) -> None:
         raise ObjectError(kind, _key_text(meta), "metadata.name", "is empty")
     if kind != NAMESPACE:
         _check_label(kind, meta, "metadata.namespace", meta.namespace)
-    if kind in (NAMESPACE, SERVICE):
+    if kind in (NAMESPACE, SERVICE, SERVICE_IMPORT):
         _check_label(kind, meta, "metadata.name", meta.name)
     elif len(meta.name) > MAX_NAME:
         raise ObjectError(
@@ -324,6 +330,10 @@ def check(kind: Kind, obj: Object) -> None:
             _check_slice(obj)
         case Pod():
             _check_pod(obj)
+        case ServiceImport():
+            for i, ip in enumerate(obj.spec.ips or ()):
+                _check_address(SERVICE_IMPORT, meta, f"spec.ips[{i}]", ip)
+            _check_ports(SERVICE_IMPORT, meta, obj.spec.ports)
 
 
 def _check_service(service: Service) -> None:
@@ -333,17 +343,21 @@ def _check_service(service: Service) -> None:
     for i, ip in enumerate(spec.cluster_ips or ()):
         if ip not in ("", "None"):
             _check_address(SERVICE, meta, f"spec.clusterIPs[{i}]", ip)
-    for i, port in enumerate(spec.ports or ()):
+    _check_ports(SERVICE, meta, spec.ports)
+
+
+def _check_ports(kind: Kind, meta: Meta, ports: Sequence[ServicePort] | None) -> None:
+    for i, port in enumerate(ports or ()):
         if not 0 <= port.port <= MAX_PORT:
             raise ObjectError(
-                SERVICE,
+                kind,
                 _key_text(meta),
                 f"spec.ports[{i}].port",
                 f"{port.port} is not in 1 to {MAX_PORT}",
             )
         if port.name:
-            _check_label(SERVICE, meta, f"spec.ports[{i}].name", port.name)
-        _check_label(SERVICE, meta, f"spec.ports[{i}].protocol", port.protocol)
+            _check_label(kind, meta, f"spec.ports[{i}].name", port.name)
+        _check_label(kind, meta, f"spec.ports[{i}].protocol", port.protocol)
 
 
 def _check_slice(one: EndpointSlice) -> None:
@@ -354,6 +368,14 @@ def _check_slice(one: EndpointSlice) -> None:
             _key_text(meta),
             "addressType",
             f"{one.address_type[:32]!r} is not one of {', '.join(ADDRESS_TYPES)}",
+        )
+    cluster = (meta.labels or {}).get(SOURCE_CLUSTER_LABEL, "")
+    if not _LABEL_VALUE.match(cluster):  # it becomes a DNS label too
+        raise ObjectError(
+            ENDPOINT_SLICE,
+            _key_text(meta),
+            f"metadata.labels[{SOURCE_CLUSTER_LABEL}]",
+            f"{cluster[:80]!r} is not a label value: up to 63 letters, digits, '-', '_' or '.'",
         )
     for i, port in enumerate(one.ports or ()):
         if port.port is not None and not 0 <= port.port <= MAX_PORT:

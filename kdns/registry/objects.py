@@ -112,17 +112,34 @@ class Pod(_Part, frozen=True):
     status: PodStatus = PodStatus()
 
 
+class ServiceImportSpec(_Part, frozen=True):
+    type: str = "ClusterSetIP"
+    ips: list[str] | None = None
+    ports: list[ServicePort] | None = None
+
+
+class ServiceImport(_Part, frozen=True):
+    """A Service that other clusters of the set export (KEP-1645)."""
+
+    metadata: Meta
+    spec: ServiceImportSpec = ServiceImportSpec()
+
+
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"  # KEP-752: slice -> service
+# KEP-1645: slice -> ServiceImport, and the cluster its endpoints are in.
+IMPORT_NAME_LABEL = "multicluster.kubernetes.io/service-name"
+SOURCE_CLUSTER_LABEL = "multicluster.kubernetes.io/source-cluster"
 
 # Kinds the registry holds, by Kubernetes' own words.
-Kind: TypeAlias = Literal["Service", "EndpointSlice", "Namespace", "Pod"]
-Object: TypeAlias = Service | EndpointSlice | Namespace | Pod
+Kind: TypeAlias = Literal["Service", "EndpointSlice", "Namespace", "Pod", "ServiceImport"]
+Object: TypeAlias = Service | EndpointSlice | Namespace | Pod | ServiceImport
 Key: TypeAlias = tuple[str, str]  # namespace ("" for a Namespace), name
 
 SERVICE: Final = "Service"
 ENDPOINT_SLICE: Final = "EndpointSlice"
 NAMESPACE: Final = "Namespace"
 POD: Final = "Pod"
+SERVICE_IMPORT: Final = "ServiceImport"
 
 
 def key_of(obj: Object) -> Key:

@@ -6,10 +6,18 @@ between snapshots, so making one costs what changed and not what there is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kdns.registry.objects import EndpointSlice, Namespace, Pod, Service
+from kdns.registry.objects import (
+    SOURCE_CLUSTER_LABEL,
+    EndpointSlice,
+    Namespace,
+    Pod,
+    Service,
+    ServiceImport,
+    ServicePort,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +30,9 @@ class Snapshot:
     changed_at -- Unix seconds of the last change that bumps the SOA serial (reference 1.9);
                   0 before any
     heard_at   -- Unix seconds when the source was last heard of
+    imports    -- namespace -> name -> ServiceImport; empty unless they were asked for
+    import_slices -- as slices, of ServiceImports
+    imports_changed_at -- as changed_at, for multicluster zones
     """
 
     revision: int = 0
@@ -31,6 +42,11 @@ class Snapshot:
     pods: Mapping[str, Mapping[str, Pod]] = field(default_factory=dict)
     synced: bool = False
     changed_at: int = 0
+    imports: Mapping[str, Mapping[str, ServiceImport]] = field(default_factory=dict)
+    import_slices: Mapping[str, Mapping[str, tuple[EndpointSlice, ...]]] = field(
+        default_factory=dict
+    )
+    imports_changed_at: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,31 +55,36 @@ class Changes:
 
     services -- (namespace, service name): the Service or one of its slices
     everything -- True for the first snapshot after a (re)sync: recompile all
+    imports -- (namespace, name): the ServiceImport or one of its slices
     """
 
     services: frozenset[tuple[str, str]] = frozenset()
     namespaces: frozenset[str] = frozenset()
     pods: frozenset[tuple[str, str]] = frozenset()
     synced: bool = False
+    imports: frozenset[tuple[str, str]] = frozenset()
 
     def __bool__(self) -> bool:
-        return bool(self.services or self.namespaces or self.pods or self.synced)
+        return bool(self.services or self.namespaces or self.pods or self.imports or self.synced)
 
 
 def everything(snapshot: Snapshot) -> Changes:
     """Return the Changes from nothing to `snapshot`."""
     return Changes(
-        services=frozenset(
-            (namespace, name)
-            for table in (snapshot.services, snapshot.slices)
-            for namespace, names in table.items()
-            for name in names
-        ),
+        services=_keys(snapshot.services, snapshot.slices),
         namespaces=frozenset(snapshot.namespaces),
-        pods=frozenset(
-            (namespace, name) for namespace, names in snapshot.pods.items() for name in names
-        ),
+        pods=_keys(snapshot.pods),
         synced=snapshot.synced,
+        imports=_keys(snapshot.imports, snapshot.import_slices),
+    )
+
+
+def _keys(*tables: Mapping[str, Mapping[str, object]]) -> frozenset[tuple[str, str]]:
+    return frozenset(
+        (namespace, name)
+        for table in tables
+        for namespace, names in table.items()
+        for name in names
     )
 
 
@@ -76,19 +97,40 @@ def dump_snapshot(snapshot: Snapshot) -> Iterator[str]:
         for name, service in sorted(services.items()):
             spec = service.spec
             ips = ",".join(spec.cluster_ips or [spec.cluster_ip]) or "-"
-            ports = ",".join(f"{p.name}:{p.port}/{p.protocol}" for p in spec.ports or ()) or "-"
             target = f" {spec.external_name}" if spec.external_name else ""
-            yield f"Service {namespace}/{name} {spec.type} {ips} {ports}{target}"
-    for namespace, owners in sorted(snapshot.slices.items()):
-        for owner, slices in sorted(owners.items()):
-            for one in slices:
-                for endpoint in one.endpoints or ():
-                    ready = endpoint.conditions.ready is not False
-                    yield (
-                        f"EndpointSlice {namespace}/{one.metadata.name} of {owner}"
-                        f" {','.join(endpoint.addresses)} {'ready' if ready else 'not-ready'}"
-                        f"{' ' + endpoint.hostname if endpoint.hostname else ''}"
-                    )
+            yield (
+                f"Service {namespace}/{name} {spec.type} {ips} {_dump_ports(spec.ports)}{target}"
+            )
+    yield from _dump_slices(snapshot.slices, "")
+    for namespace, imports in sorted(snapshot.imports.items()):
+        for name, one in sorted(imports.items()):
+            ips = ",".join(one.spec.ips or ()) or "-"
+            yield (
+                f"ServiceImport {namespace}/{name} {one.spec.type} {ips}"
+                f" {_dump_ports(one.spec.ports)}"
+            )
+    yield from _dump_slices(snapshot.import_slices, "ServiceImport ")
     for namespace, pods in sorted(snapshot.pods.items()):
         for name, pod in sorted(pods.items()):
             yield f"Pod {namespace}/{name} {pod.status.pod_ip or '-'} {pod.status.phase or '-'}"
+
+
+def _dump_ports(ports: Sequence[ServicePort] | None) -> str:
+    return ",".join(f"{p.name}:{p.port}/{p.protocol}" for p in ports or ()) or "-"
+
+
+def _dump_slices(
+    table: Mapping[str, Mapping[str, tuple[EndpointSlice, ...]]], kind: str
+) -> Iterator[str]:
+    for namespace, owners in sorted(table.items()):
+        for owner, slices in sorted(owners.items()):
+            for one in slices:
+                cluster = (one.metadata.labels or {}).get(SOURCE_CLUSTER_LABEL, "")
+                for endpoint in one.endpoints or ():
+                    ready = endpoint.conditions.ready is not False
+                    yield (
+                        f"EndpointSlice {namespace}/{one.metadata.name} of {kind}{owner}"
+                        f"{' in ' + cluster if cluster and kind else ''}"
+                        f" {','.join(endpoint.addresses)} {'ready' if ready else 'not-ready'}"
+                        f"{' ' + endpoint.hostname if endpoint.hostname else ''}"
+                    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kdns.registry.objects import ENDPOINT_SLICE, NAMESPACE, POD, SERVICE, Kind
+from kdns.registry.objects import ENDPOINT_SLICE, NAMESPACE, POD, SERVICE, SERVICE_IMPORT, Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +29,17 @@ class KubeSpec:
     label_selector: str = ""
     want_endpoints: bool = True
     want_pods: bool = False
+    want_imports: bool = False
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """What is watched (reference 1.11: synced once each was listed)."""
         kinds: tuple[Kind, ...] = (SERVICE, NAMESPACE)
-        if self.want_endpoints:
+        if self.want_endpoints or self.want_imports:
             kinds += (ENDPOINT_SLICE,)
-        return (*kinds, POD) if self.want_pods else kinds
+        if self.want_pods:
+            kinds += (POD,)
+        return (*kinds, SERVICE_IMPORT) if self.want_imports else kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,4 +64,4 @@ class ManifestSpec:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        return (SERVICE, NAMESPACE, ENDPOINT_SLICE, POD)
+        return (SERVICE, NAMESPACE, ENDPOINT_SLICE, POD, SERVICE_IMPORT)

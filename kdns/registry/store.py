@@ -13,8 +13,11 @@ from typing import Generic, TypeVar
 
 from kdns.registry.endpoints import published
 from kdns.registry.objects import (
+    IMPORT_NAME_LABEL,
     NAMESPACE,
+    SERVICE_IMPORT,
     SERVICE_NAME_LABEL,
+    SOURCE_CLUSTER_LABEL,
     EndpointSlice,
     Key,
     Kind,
@@ -23,6 +26,7 @@ from kdns.registry.objects import (
     Object,
     Pod,
     Service,
+    ServiceImport,
     key_of,
 )
 from kdns.registry.snapshot import Changes, Snapshot
@@ -72,6 +76,46 @@ class Shelf(Generic[T]):
         return self._spaces
 
 
+class Slices:
+    """EndpointSlices under the object that one of their labels names."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._members: dict[Key, dict[str, EndpointSlice]] = {}  # owner -> slice name -> slice
+        self._shelf: Shelf[tuple[EndpointSlice, ...]] = Shelf()
+        self.changed: set[Key] = set()  # owners
+
+    def owner(self, one: EndpointSlice | None) -> Key | None:
+        """Return the object a slice belongs to; None if it names none."""
+        if one is None:
+            return None
+        name = (one.metadata.labels or {}).get(self._label)
+        return (one.metadata.namespace, name) if name else None
+
+    def move(self, old: EndpointSlice | None, new: EndpointSlice | None) -> None:
+        """Put `new` in the place of `old`, two versions of one slice."""
+        before, after = self.owner(old), self.owner(new)
+        if old is not None and before is not None and before != after:
+            members = self._members[before]
+            del members[old.metadata.name]
+            if not members:
+                del self._members[before]
+            self.changed.add(before)
+        if new is not None and after is not None:
+            self._members.setdefault(after, {})[new.metadata.name] = new
+            self.changed.add(after)
+
+    def publish(self) -> Mapping[str, Mapping[str, tuple[EndpointSlice, ...]]]:
+        for key in self.changed:
+            members = self._members.get(key)
+            if members:
+                self._shelf.put(key, tuple(members[name] for name in sorted(members)))
+            else:
+                self._shelf.remove(key)
+        self.changed.clear()
+        return self._shelf.publish()
+
+
 class Store:
     """Holds the objects of one source. Not thread-safe: one writer.
 
@@ -82,16 +126,17 @@ class Store:
         self._waiting: set[Kind] = set(kinds)
         self._objects: dict[Kind, dict[Key, Object]] = {}
         self._services: Shelf[Service] = Shelf()
-        self._slices: Shelf[tuple[EndpointSlice, ...]] = Shelf()
+        self._slices = Slices(SERVICE_NAME_LABEL)
         self._pods: Shelf[Pod] = Shelf()
         self._namespaces: Shelf[Namespace] = Shelf()
-        # service key -> slice name -> slice
-        self._members: dict[Key, dict[str, EndpointSlice]] = {}
+        self._imports: Shelf[ServiceImport] = Shelf()
+        self._import_slices = Slices(IMPORT_NAME_LABEL)
         self._changed_services: set[Key] = set()
-        self._changed_slices: set[Key] = set()  # by service key
         self._changed_namespaces: set[str] = set()
         self._changed_pods: set[Key] = set()
+        self._changed_imports: set[Key] = set()
         self._bump = False
+        self._bump_imports = False
         self._synced_told = False
         self._last = Snapshot()
 
@@ -135,19 +180,14 @@ class Store:
         """
         resynced = self.synced and not self._synced_told
         changes = Changes(
-            frozenset(self._changed_services | self._changed_slices),
+            frozenset(self._changed_services | self._slices.changed),
             frozenset(self._changed_namespaces),
             frozenset(self._changed_pods),
             resynced,
+            frozenset(self._changed_imports | self._import_slices.changed),
         )
         if not changes:
             return None
-        for key in self._changed_slices:
-            members = self._members.get(key)
-            if members:
-                self._slices.put(key, tuple(members[name] for name in sorted(members)))
-            else:
-                self._slices.remove(key)
         last = self._last
         self._last = Snapshot(
             revision=last.revision + 1,
@@ -157,12 +197,15 @@ class Store:
             pods=self._pods.publish(),
             synced=self.synced,
             changed_at=now if self._bump else last.changed_at,
+            imports=self._imports.publish(),
+            import_slices=self._import_slices.publish(),
+            imports_changed_at=now if self._bump_imports else last.imports_changed_at,
         )
         self._changed_services.clear()
-        self._changed_slices.clear()
         self._changed_namespaces.clear()
         self._changed_pods.clear()
-        self._bump = False
+        self._changed_imports.clear()
+        self._bump = self._bump_imports = False
         self._synced_told = self.synced
         return self._last, changes
 
@@ -176,19 +219,18 @@ class Store:
         if isinstance(obj, Pod) and obj.metadata.deletion_timestamp:
             return  # its record stays as it was until DELETED (reference 1.6)
         objects[key] = obj
-        self._bump = self._bump or bumps_serial(old, obj)
+        self._note_bump(old, obj)
         match obj:
             case Service():
                 self._services.put(key, obj)
                 self._changed_services.add(key)
             case EndpointSlice():
-                before = service_key(old) if isinstance(old, EndpointSlice) else None
-                after = service_key(obj)
-                if before is not None and before != after:
-                    self._leave(before, key[1])
-                if after is not None:
-                    self._members.setdefault(after, {})[key[1]] = obj
-                    self._changed_slices.add(after)
+                before = old if isinstance(old, EndpointSlice) else None
+                self._slices.move(before, obj)
+                self._import_slices.move(before, obj)
+            case ServiceImport():
+                self._imports.put(key, obj)
+                self._changed_imports.add(key)
             case Namespace():
                 self._namespaces.put(key, obj)
                 self._changed_namespaces.add(key[1])
@@ -200,15 +242,17 @@ class Store:
         old = self._objects.get(kind, {}).pop(key, None)
         if old is None:
             return
-        self._bump = self._bump or kind != NAMESPACE
+        self._note_bump(old, None)
         match old:
             case Service():
                 self._services.remove(key)
                 self._changed_services.add(key)
             case EndpointSlice():
-                service = service_key(old)
-                if service is not None:
-                    self._leave(service, key[1])
+                self._slices.move(old, None)
+                self._import_slices.move(old, None)
+            case ServiceImport():
+                self._imports.remove(key)
+                self._changed_imports.add(key)
             case Namespace():
                 self._namespaces.remove(key)
                 self._changed_namespaces.add(key[1])
@@ -216,18 +260,9 @@ class Store:
                 self._pods.remove(key)
                 self._changed_pods.add(key)
 
-    def _leave(self, service: Key, slice_name: str) -> None:
-        members = self._members[service]
-        del members[slice_name]
-        if not members:
-            del self._members[service]
-        self._changed_slices.add(service)
-
-
-def service_key(one: EndpointSlice) -> Key | None:
-    """Return the Service a slice belongs to; None if it names none."""
-    name = (one.metadata.labels or {}).get(SERVICE_NAME_LABEL)
-    return (one.metadata.namespace, name) if name else None
+    def _note_bump(self, old: Object | None, new: Object | None) -> None:
+        self._bump = self._bump or bumps_serial(old, new)
+        self._bump_imports = self._bump_imports or bumps_imports_serial(old, new)
 
 
 def same(a: Object, b: Object) -> bool:
@@ -240,7 +275,7 @@ def same(a: Object, b: Object) -> bool:
     if not _same_meta(a.metadata, b.metadata):
         return False
     match a, b:
-        case Service(), Service():
+        case (Service(), Service()) | (ServiceImport(), ServiceImport()):
             return a.spec == b.spec
         case EndpointSlice(), EndpointSlice():
             return (
@@ -264,12 +299,13 @@ def _same_meta(a: Meta, b: Meta) -> bool:
     )
 
 
-def bumps_serial(old: Object | None, new: Object) -> bool:
-    """Decide whether a new or changed object changes the SOA serial (reference 1.9, 1.19).
+def bumps_serial(old: Object | None, new: Object | None) -> bool:
+    """Decide whether a new, changed or deleted object changes the SOA serial (reference 1.9,
+    1.19).
 
     Namespaces never do, nor does a clusterIP that changes by update.
     """
-    if isinstance(new, Namespace):
+    if isinstance(new or old, (Namespace, ServiceImport)):
         return False
     match old, new:
         case Service(), Service():
@@ -281,6 +317,32 @@ def bumps_serial(old: Object | None, new: Object) -> bool:
         case Pod(), Pod():
             return old.status.pod_ip != new.status.pod_ip
     return True
+
+
+def bumps_imports_serial(old: Object | None, new: Object | None) -> bool:
+    """Decide the same for multicluster zones.
+
+    CoreDNS passes over ServiceImports that come or go, and over their addresses: secondaries
+    would never hear of them.
+    """
+    match old, new:
+        case ServiceImport(), ServiceImport():
+            return old.spec != new.spec
+        case (ServiceImport(), _) | (_, ServiceImport()):
+            return True
+        case EndpointSlice(), EndpointSlice():
+            before, after = _imported_from(old), _imported_from(new)
+            return before != after or (after is not None and bumps_serial(old, new))
+        case (EndpointSlice() as one, None) | (None, EndpointSlice() as one):
+            return _imported_from(one) is not None
+    return False
+
+
+def _imported_from(one: EndpointSlice) -> tuple[str, str] | None:
+    """Return (ServiceImport, cluster) of a slice; None if it is no import's."""
+    labels = one.metadata.labels or {}
+    name = labels.get(IMPORT_NAME_LABEL)
+    return (name, labels.get(SOURCE_CLUSTER_LABEL, "")) if name else None
 
 
 def _endpoints_shown(one: EndpointSlice) -> object:

@@ -206,7 +206,7 @@ class Zone:
         """Answer from a node that is neither an alias nor cut off."""
         rrset = source.rrsets.get(qtype)
         if rrset is None:
-            return self._nodata(source, key, synthesized, answer, do)
+            return self._nodata(source, key, synthesized, qtype, answer, do)
         if source is self._apex and not answer and qtype == t.NS:
             return Found(self._signed(source, t.NS, do), [], self._glue(rrset, do))
         answer += [rr.owned_by(key) for rr in rrset] if synthesized else rrset
@@ -217,12 +217,14 @@ class Zone:
         return found
 
     def _nodata(
-        self, source: _Node, key: bytes, synthesized: bool, answer: list[RR], do: bool
+        self, source: _Node, key: bytes, synthesized: bool, qtype: int, answer: list[RR], do: bool
     ) -> Found:
         # CoreDNS: an apex with nothing but SOA and NS counts as a name without records.
         bare = not (source.rrsets.keys() - _APEX_ONLY if source is self._apex else source.rrsets)
-        if answer and not bare and not synthesized:
-            # CoreDNS: behind a CNAME in the zone NODATA has NS, not SOA (RFC 2308 s2.2 has SOA).
+        aliases = sum(rr.type == t.CNAME for rr in answer)
+        if answer and not bare and not synthesized and not (qtype == t.NS and aliases == 1):
+            # CoreDNS: behind a CNAME in the zone NODATA has NS, not SOA (RFC 2308 s2.2 has SOA);
+            # for the NS of what one CNAME leads to it has SOA.
             return self._positive(answer, do)
         authority = self._signed(self._apex, t.SOA, do)
         if do:
