@@ -214,23 +214,22 @@ class Connection(asyncio.BufferedProtocol):
             self._last = self._loop.time()
             if self._transport is None:
                 return
-            if isinstance(reply, Reply):
-                self._write(render_reply(query, reply))
-                if reply.stream is not None:
-                    self._streams.append((query, reply, iter(reply.stream)))
-                    self._write_streams()
+            self._answer(query, reply)
             self._go_on()
 
         result = self._server.exchange.answer(query, done)
         if isinstance(result, (Reply, Drop)):
             self._pending -= 1
-            if isinstance(result, Reply):
-                self._write(render_reply(query, result))
-                if result.stream is not None:
-                    self._streams.append((query, result, iter(result.stream)))
-                    self._write_streams()
+            self._answer(query, result)
 
     # --- answers --------------------------------------------------------------------------
+
+    def _answer(self, query: Query, outcome: Reply | Drop) -> None:
+        if isinstance(outcome, Reply):
+            self._write(render_reply(query, outcome))
+            if outcome.stream is not None:
+                self._streams.append((query, outcome, iter(outcome.stream)))
+                self._write_streams()
 
     def _write(self, wire: bytes) -> None:
         if self._transport is not None:
