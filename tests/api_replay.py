@@ -2,7 +2,8 @@
 
 Holds objects as plain dicts and a history of what was done to them, so that a watch resumes
 from any resourceVersion that was not compacted. `fault()` says what happens to one coming
-request. Serves services, endpointslices, namespaces, pods and nodes; read only over HTTP.
+request. Serves services, endpointslices, namespaces, pods, nodes and
+serviceimports; read only over HTTP.
 
     python tests/api_replay.py --port 6443 [--objects FILE] [--services N]
 """
@@ -33,6 +34,11 @@ RESOURCES: dict[str, tuple[str, str, str]] = {
     "pods": ("/api/v1", "v1", "Pod"),
     "nodes": ("/api/v1", "v1", "Node"),
     "endpointslices": ("/apis/discovery.k8s.io/v1", "discovery.k8s.io/v1", "EndpointSlice"),
+    "serviceimports": (
+        "/apis/multicluster.x-k8s.io/v1alpha1",
+        "multicluster.x-k8s.io/v1alpha1",
+        "ServiceImport",
+    ),
 }
 RESOURCE_OF = {kind: resource for resource, (_, _, kind) in RESOURCES.items()}
 END_OF_INITIAL = {"k8s.io/initial-events-end": "true"}

@@ -8,7 +8,7 @@ import msgspec
 from support import directives, make_setup
 
 from kdns.plugins.kubernetes import Kubernetes, setup
-from kdns.registry.objects import EndpointSlice, Namespace, Pod, Service
+from kdns.registry.objects import EndpointSlice, Namespace, Pod, Service, ServiceImport
 from kdns.registry.snapshot import Snapshot, everything
 
 
@@ -55,6 +55,34 @@ def slice_of(
     return msgspec.convert(body, EndpointSlice)
 
 
+def service_import(
+    name: str,
+    ns: str = "default",
+    ips: tuple[str, ...] = (),
+    ports: Any = (("http", 80, "TCP"),),
+    type: str = "ClusterSetIP",
+) -> ServiceImport:
+    spec = {
+        "type": type,
+        "ips": list(ips),
+        "ports": [{"name": n, "port": p, "protocol": proto} for n, p, proto in ports],
+    }
+    return msgspec.convert(
+        {"metadata": {"name": name, "namespace": ns}, "spec": spec}, ServiceImport
+    )
+
+
+def imported_slice(
+    owner: str, cluster: str, *endpoints: dict[str, Any], **more: Any
+) -> EndpointSlice:
+    one = slice_of(owner, *endpoints, name=f"{owner}-{cluster or 'unknown'}", **more)
+    labels = {"multicluster.kubernetes.io/service-name": owner}
+    if cluster:
+        labels["multicluster.kubernetes.io/source-cluster"] = cluster
+    meta = msgspec.structs.replace(one.metadata, labels=labels)
+    return msgspec.structs.replace(one, metadata=meta)
+
+
 def namespace(name: str, **labels: str) -> Namespace:
     return msgspec.convert({"metadata": {"name": name, "labels": labels}}, Namespace)
 
@@ -73,19 +101,31 @@ def snapshot(
     slices: dict[str, dict[str, tuple[EndpointSlice, ...]]] = {}
     namespaces = {"default": namespace("default")}
     pods: dict[str, dict[str, Pod]] = {}
+    imports: dict[str, dict[str, ServiceImport]] = {}
+    import_slices: dict[str, dict[str, tuple[EndpointSlice, ...]]] = {}
     for one in objects:
         meta = one.metadata
         if isinstance(one, Service):
             services.setdefault(meta.namespace, {})[meta.name] = one
         elif isinstance(one, EndpointSlice):
-            owners = slices.setdefault(meta.namespace, {})
-            owner = (meta.labels or {})["kubernetes.io/service-name"]
-            owners[owner] = (*owners.get(owner, ()), one)
+            for label, table in (
+                ("kubernetes.io/service-name", slices),
+                ("multicluster.kubernetes.io/service-name", import_slices),
+            ):
+                owner = (meta.labels or {}).get(label)
+                if owner is not None:
+                    owners = table.setdefault(meta.namespace, {})
+                    owners[owner] = (*owners.get(owner, ()), one)
+        elif isinstance(one, ServiceImport):
+            imports.setdefault(meta.namespace, {})[meta.name] = one
         elif isinstance(one, Namespace):
             namespaces[meta.name] = one
         else:
             pods.setdefault(meta.namespace, {})[meta.name] = one
-    return Snapshot(revision, services, slices, namespaces, pods, synced, changed_at)
+    return Snapshot(
+        revision, services, slices, namespaces, pods, synced, changed_at,
+        imports, import_slices, changed_at + 1 if imports else 0,
+    )  # fmt: skip
 
 
 def kubernetes(options: str, *objects: Any, zones: str = "cluster.local in-addr.arpa ip6.arpa",

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kdns.registry.objects import (
     ENDPOINT_SLICE,
+    IMPORT_NAME_LABEL,
     NAMESPACE,
     POD,
     SERVICE,
+    SERVICE_IMPORT,
     SERVICE_NAME_LABEL,
+    SOURCE_CLUSTER_LABEL,
     Conditions,
     EndpointSlice,
     Key,
@@ -24,6 +29,8 @@ from kdns.registry.objects import (
     Pod,
     PodStatus,
     Service,
+    ServiceImport,
+    ServiceImportSpec,
     ServicePort,
     ServiceSpec,
     SliceEndpoint,
@@ -35,7 +42,7 @@ from kdns.registry.selectors import BadSelector, parse_selector, requirement_of,
 from kdns.registry.snapshot import Changes, Snapshot
 from kdns.registry.store import Store
 
-KINDS: tuple[Kind, ...] = (SERVICE, ENDPOINT_SLICE, NAMESPACE, POD)
+KINDS: tuple[Kind, ...] = (SERVICE, ENDPOINT_SLICE, NAMESPACE, POD, SERVICE_IMPORT)
 
 
 def service(
@@ -82,6 +89,29 @@ def endpoint_slice(
             for a in addresses
         ],
         ports=[SlicePort("http", port, "TCP")],
+    )
+
+
+def imported(
+    name: str = "web", namespace: str = "default", *, ip: str = "10.200.0.1", port: int = 80
+) -> ServiceImport:
+    return ServiceImport(
+        Meta(name, namespace), ServiceImportSpec(ips=[ip], ports=[ServicePort(port, "http")])
+    )
+
+
+def import_slice(
+    name: str = "web-east",
+    namespace: str = "default",
+    *,
+    of: str = "web",
+    cluster: str = "east",
+    **more: Any,
+) -> EndpointSlice:
+    one = endpoint_slice(name, namespace, of=None, **more)
+    labels = {IMPORT_NAME_LABEL: of, SOURCE_CLUSTER_LABEL: cluster}
+    return msgspec.structs.replace(
+        one, metadata=msgspec.structs.replace(one.metadata, labels=labels)
     )
 
 
@@ -182,6 +212,30 @@ def test_slices_stand_under_their_service_by_slice_name_and_move_with_the_label(
     assert set(snapshot.slices["default"]) == {"api"}
 
 
+def test_slices_of_imports_stand_under_their_import_and_not_under_a_service() -> None:
+    store = filled(imported(), import_slice("b"), import_slice("a", cluster="west"))
+    store.apply(ENDPOINT_SLICE, "ADDED", import_slice("c", of="api"))
+    snapshot, changes = publish(store)
+    assert changes.imports == {("default", "api")} and not changes.services
+    assert snapshot.slices == {} and snapshot.imports == {"default": {"web": imported()}}
+    assert [s.metadata.name for s in snapshot.import_slices["default"]["web"]] == ["a", "b"]
+    both = endpoint_slice("a", of="web-abc")
+    labels = {**(both.metadata.labels or {}), IMPORT_NAME_LABEL: "web"}
+    meta = msgspec.structs.replace(both.metadata, labels=labels)
+    both = msgspec.structs.replace(both, metadata=meta)
+    store.apply(ENDPOINT_SLICE, "MODIFIED", both)
+    snapshot, changes = publish(store)
+    assert changes.imports == {("default", "web")}
+    assert changes.services == {("default", "web-abc")}
+    assert snapshot.slices["default"]["web-abc"] == (both,)
+    store.apply(SERVICE_IMPORT, "DELETED", imported())
+    for name in ("a", "b", "c"):
+        store.apply(ENDPOINT_SLICE, "DELETED", import_slice(name))
+    snapshot, changes = publish(store)
+    assert changes.imports == {("default", "web"), ("default", "api")}
+    assert (snapshot.imports, snapshot.import_slices, snapshot.slices) == ({}, {}, {})
+
+
 def test_a_pod_that_is_being_deleted_keeps_its_record_until_it_is_gone() -> None:
     store = filled(pod())
     leaving = Pod(Meta("p", "default", deletion_timestamp="2026-01-01T00:00:00Z"), PodStatus())
@@ -247,6 +301,42 @@ def test_the_serial_moves_for(old: Object | None, new: Object | None, moves: boo
     assert snapshot.changed_at == (200 if moves else before)
 
 
+IMPORTS_SERIAL: list[tuple[str, Object | None, Object | None, bool]] = [
+    ("ServiceImport added", None, imported(), True),
+    ("ServiceImport deleted", imported(), None, True),
+    ("port changed", imported(), imported(port=81), True),
+    ("address changed", imported(), imported(ip="10.200.0.2"), True),
+    ("its slice added", None, import_slice(), True),
+    ("its slice deleted", import_slice(), None, True),
+    ("endpoint changed", import_slice(), import_slice(addresses=("10.244.0.2",)), True),
+    ("another pod behind it", import_slice(), import_slice(pod="x"), False),
+    ("moved to another cluster", import_slice(), import_slice(cluster="west"), True),
+    ("moved to another import", import_slice(), import_slice(of="api"), True),
+    ("a slice is an import's no more", import_slice(), endpoint_slice("web-east"), True),
+    ("another slice added", None, endpoint_slice(), False),
+    ("Service added", None, service(), False),
+    ("Namespace added", None, namespace(), False),
+]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "moves"), [row[1:] for row in IMPORTS_SERIAL], ids=[r[0] for r in IMPORTS_SERIAL]
+)
+def test_the_serial_of_multicluster_zones_moves_for(
+    old: Object | None, new: Object | None, moves: bool
+) -> None:
+    store = filled(*([old] if old else []))
+    before = 100 if old is not None else 0
+    obj = new or old
+    assert obj is not None
+    kind: Kind = next(k for k in KINDS if k == type(obj).__name__)
+    store.apply(kind, "MODIFIED" if new else "DELETED", obj)
+    snapshot, _ = publish(store, 200)
+    assert snapshot.imports_changed_at == (200 if moves else before)
+    if kind == SERVICE_IMPORT:
+        assert snapshot.changed_at == 0, "it is not in the cluster's own zone"
+
+
 # --- any order of events ------------------------------------------------------------------
 
 names = st.sampled_from(["a", "b", "c"])
@@ -262,6 +352,14 @@ some_object = st.one_of(
     ),
     st.builds(namespace, spaces, env=st.sampled_from(["x", "y"])),
     st.builds(pod, names, spaces, st.sampled_from(["10.0.0.1", "10.0.0.2"])),
+    st.builds(imported, names, spaces, port=st.integers(80, 82)),
+    st.builds(
+        import_slice,
+        names,
+        spaces,
+        of=st.sampled_from(["a", "b"]),
+        cluster=st.sampled_from(["east", "west"]),
+    ),
 )
 steps = st.lists(
     st.one_of(
@@ -274,10 +372,17 @@ steps = st.lists(
 
 
 def _content(snapshot: Snapshot) -> tuple[object, ...]:
-    return snapshot.services, snapshot.slices, snapshot.namespaces, snapshot.pods
+    return (
+        snapshot.services,
+        snapshot.slices,
+        snapshot.namespaces,
+        snapshot.pods,
+        snapshot.imports,
+        snapshot.import_slices,
+    )
 
 
-def _differences(a: Snapshot, b: Snapshot) -> tuple[set[Key], set[str], set[Key]]:
+def _differences(a: Snapshot, b: Snapshot) -> tuple[set[Key], set[str], set[Key], set[Key]]:
     def differ(
         x: Mapping[str, Mapping[str, object]], y: Mapping[str, Mapping[str, object]]
     ) -> set[Key]:
@@ -292,6 +397,7 @@ def _differences(a: Snapshot, b: Snapshot) -> tuple[set[Key], set[str], set[Key]
         differ(a.services, b.services) | differ(a.slices, b.slices),
         {n for n in {*a.namespaces, *b.namespaces} if a.namespaces.get(n) != b.namespaces.get(n)},
         differ(a.pods, b.pods),
+        differ(a.imports, b.imports) | differ(a.import_slices, b.import_slices),
     )
 
 
@@ -313,10 +419,11 @@ def test_any_sequence_of_events_gives_what_a_fresh_list_gives(
                 wanted[0] if wanted else Snapshot()
             )
             if out is not None:
-                services, namespaces, pods = _differences(last, out[0])
+                services, namespaces, pods, imports = _differences(last, out[0])
                 assert services <= out[1].services
                 assert namespaces <= out[1].namespaces
                 assert pods <= out[1].pods
+                assert imports <= out[1].imports
                 last = out[0]
         elif isinstance(value, list):
             kind = next(k for k in KINDS if k == word)
@@ -324,7 +431,7 @@ def test_any_sequence_of_events_gives_what_a_fresh_list_gives(
             held[kind] = {key_of(o): o for o in objects}
             store.replace(kind, objects)
         else:
-            assert isinstance(value, (Service, EndpointSlice, Namespace, Pod))
+            assert isinstance(value, (Service, EndpointSlice, Namespace, Pod, ServiceImport))
             kind = next(k for k in KINDS if k == type(value).__name__)
             store.apply(kind, word, value)
             if word == "DELETED":

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from kdns.corefile import Directive, Option
 from kdns.dns import types as t
-from kdns.dns.message import AA, FOREVER, RR, Query, Reply, failure
+from kdns.dns.message import AA, FOREVER, OPCODE, RR, Query, Reply, failure
 from kdns.dns.name import ROOT, is_subdomain, render_name
 from kdns.errors import ConfigError
-from kdns.plugins.plugin import Ask, Outcome, Plugin, WatchFile, Work
+from kdns.plugins.plugin import DROP, Ask, Outcome, Plugin, WatchFile, Work
 from kdns.plugins.setup import Setup
 from kdns.zone.zone import Found, Zone
 from kdns.zone.zonefile import Read, parse_zone
@@ -62,6 +62,8 @@ class ZonePlugin(Plugin):
         qtype = query.qtype
         if qtype == t.AXFR or qtype == t.IXFR:
             return failure(t.REFUSED)  # the `transfer` plugin stands above and did not want it
+        if query.flags & OPCODE == t.NOTIFY << 11:
+            return DROP  # no zone here is a copy of another server's (CoreDNS file.go)
         found = zone.lookup(key, qtype, query.do)
         if found.missing and not found.answer and self.falls_through(origin, key):
             return None

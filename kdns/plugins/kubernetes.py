@@ -9,9 +9,9 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from struct import pack
-from typing import Any
+from typing import Any, TypeAlias
 
-from kdns.corefile import Directive, Option
+from kdns.corefile import Directive, Option, Token
 from kdns.dns import types as t
 from kdns.dns.message import AA, FOREVER, RR, TC, Query, Reply
 from kdns.dns.name import ROOT, is_subdomain, labels_of
@@ -23,7 +23,7 @@ from kdns.registry.selectors import BadSelector, parse_selector
 from kdns.registry.snapshot import Changes, Snapshot
 from kdns.registry.spec import KubeSpec, ManifestSpec
 from kdns.zone import cluster as c
-from kdns.zone.cluster import ClusterOptions, ClusterRecords, join
+from kdns.zone.cluster import ClusterOptions, ClusterRecords, Found, join
 from kdns.zone.records import SVC, Node, ServiceRecords, transfer_records
 
 MAX_CNAMES = 10  # CoreDNS maxCnameChainLength
@@ -38,6 +38,7 @@ DEFAULT_TTL = 5
 STALE = 180.0  # seconds
 
 Dep = Hashable
+Lookup: TypeAlias = Callable[[list[bytes]], Found]
 
 
 class Kubernetes(Plugin):
@@ -56,8 +57,13 @@ class Kubernetes(Plugin):
         local_addresses: tuple[bytes, ...] = (),
         host_search: tuple[bytes, ...] = (),
         latency: ProgrammingLatency | None = None,
+        multicluster: Sequence[bytes] = (),
     ) -> None:
         self.zones = frozenset(zones)
+        # CoreDNS: zones below a multicluster zone are such, too.
+        self._multicluster = frozenset(
+            zone for zone in zones if any(is_subdomain(zone, m) for m in multicluster)
+        )
         self.primary = primary_zone(zones)
         self.options = options
         self.source = source
@@ -69,11 +75,16 @@ class Kubernetes(Plugin):
         # Seconds since the source was last heard of; app.py puts its pipeline's here.
         self.source_age: Callable[[], float | None] = lambda: None
         self.records = ClusterRecords(options)
+        self._lookups: dict[bytes, Lookup] = {
+            zone: self.records.lookup_imported
+            if zone in self._multicluster
+            else self.records.lookup
+            for zone in zones
+        }
         self._strict = options.strict
         self._ttl = options.ttl
         self._reverse = frozenset(z for z in zones if z.endswith((IN_ADDR, IP6_ARPA)))
-        self._soa: dict[bytes, RR] = {}
-        self._soa_serial = -1
+        self._soa: dict[bytes, RR] = {}  # of the serials of the last snapshot
         # zone -> (falls through whatever the name, zones below it that do)
         self._falls = {zone: _falls(zone, fallthrough) for zone in zones}
 
@@ -86,6 +97,7 @@ class Kubernetes(Plugin):
         """Take over a snapshot; return the deps of answers that may be different now."""
         was_synced = self.records.synced
         deps = self.records.update(snapshot, changes)
+        self._soa.clear()
         if self.latency is not None:
             self.latency.observe(snapshot, changes)
         if snapshot.synced != was_synced:
@@ -106,10 +118,10 @@ class Kubernetes(Plugin):
 
     def on_query(self, query: Query) -> Outcome:
         key = query.key
-        zones = self.zones
+        lookups = self._lookups
         labels: list[bytes] = []
         at = 0
-        while key[at:] not in zones:
+        while (zone_key := key[at:]) not in lookups:
             size = key[at]
             if size == 0:
                 return None
@@ -120,15 +132,17 @@ class Kubernetes(Plugin):
         if qtype == t.AXFR or qtype == t.IXFR:
             return Reply(t.REFUSED, flags=0)
         if qtype == t.PTR:
-            return self._pointer(query, zone, labels)
+            return self._pointer(query, zone, labels, lookups[zone_key])
         if not labels:
             return self._apex(query, zone)
         if qtype == t.SOA and not self._strict:
             # CoreDNS answers NODATA for the SOA of any name (reference 1.2).
             return self._negative(zone, t.NOERROR, ())
-        return self._forward_name(query, zone, labels)
+        return self._forward_name(query, zone, labels, lookups[zone_key])
 
-    def _forward_name(self, query: Query, zone: bytes, labels: list[bytes]) -> Outcome:
+    def _forward_name(
+        self, query: Query, zone: bytes, labels: list[bytes], lookup: Lookup
+    ) -> Outcome:
         qtype = query.qtype
         if len(labels) == 1 and labels[0] == b"dns-version":
             return self._dns_version(query, zone)
@@ -136,7 +150,7 @@ class Kubernetes(Plugin):
             return self._default_ns(query, zone)
         if query.key.endswith(REVERSE) and not (len(labels) == 1 and labels[0] in (SVC, c.POD)):
             return self._reverse_name(query, zone)
-        found, deps = self.records.lookup(labels)
+        found, deps = lookup(labels)
         if isinstance(found, Node):
             if qtype == t.A or qtype == t.AAAA:
                 name = query.name
@@ -181,21 +195,22 @@ class Kubernetes(Plugin):
         return self._negative(zone, t.NXDOMAIN, deps)
 
     def _soa_record(self, zone: bytes) -> RR:
-        serial = self.records.serial
-        if serial != self._soa_serial:
-            self._soa.clear()
-            self._soa_serial = serial
         soa = self._soa.get(zone)
         if soa is None:
             # DNS names in any case: the cache is bounded so that 0x20 cannot fill memory.
             if len(self._soa) > 256:
                 self._soa.clear()
+            serial = self._serial(zone.lower())
             rdata = (
                 NS_DNS + zone + HOSTMASTER + zone
                 + pack("!LLLLL", serial & 0xFFFFFFFF, 7200, 1800, 86400, self._ttl)
             )  # fmt: skip
             soa = self._soa[zone] = RR(zone, t.SOA, min(self._ttl, 300), rdata)
         return soa
+
+    def _serial(self, zone_key: bytes) -> int:
+        records = self.records
+        return records.imports_serial if zone_key in self._multicluster else records.serial
 
     def _apex(self, query: Query, zone: bytes) -> Outcome:
         qtype = query.qtype
@@ -339,7 +354,7 @@ class Kubernetes(Plugin):
 
     # --- reverse names (reference 1.7) --------------------------------------------------
 
-    def _pointer(self, query: Query, zone: bytes, labels: list[bytes]) -> Outcome:
+    def _pointer(self, query: Query, zone: bytes, labels: list[bytes], lookup: Lookup) -> Outcome:
         """Answer a PTR question, whichever of our zones it lies in: the whole name decides."""
         packed = _address(query.key)
         if packed is None:
@@ -349,7 +364,7 @@ class Kubernetes(Plugin):
                 return self._negative(zone, t.NOERROR, ())
             if labels == [b"ns", b"dns"]:
                 return self._missing(query, zone, ())
-            return self._forward_name(query, zone, labels)
+            return self._forward_name(query, zone, labels, lookup)
         pointers = self.records.pointers(packed)
         if not pointers:
             return self._missing(query, zone, (packed,))
@@ -391,7 +406,7 @@ class Kubernetes(Plugin):
         zone is not ours or not listed yet (reference 1.14)."""
         if zone not in self.zones or not self.records.synced:
             return None
-        return self.records.serial, self._transfer(zone)
+        return self._serial(zone), self._transfer(zone)
 
     def _transfer(self, zone: bytes) -> Iterator[RR]:
         soa = self._soa_record(zone)
@@ -400,7 +415,8 @@ class Kubernetes(Plugin):
         yield from names
         yield from glue
         if zone not in self._reverse:
-            for records in self.records.services():
+            imported = zone in self._multicluster
+            for records in self.records.imports() if imported else self.records.services():
                 yield from transfer_records(records, zone)
         yield soa
 
@@ -476,6 +492,7 @@ def setup(directives: Sequence[Directive], cx: Setup) -> list[Plugin]:
             local_addresses=cx.facts.local_addresses,
             host_search=cx.facts.host_search,
             latency=ProgrammingLatency(cx.metrics, cx.wall),
+            multicluster=reader.multicluster(zones),
         )
     ]
 
@@ -491,6 +508,7 @@ class _Reader:
         self.manifests: dict[str, Any] = {}
         self.fallthrough: tuple[bytes, ...] | None = None
         self.startup_timeout = 5.0
+        self.imported: list[Token] = []  # multicluster zones
         self.seen: dict[str, Option] = {}
 
     @classmethod
@@ -517,6 +535,7 @@ class _Reader:
                 **self.api,
                 want_endpoints=self.answers.get("endpoints", True),
                 want_pods=self.answers.get("pods") == "verified",
+                want_imports=bool(self.imported),
             )
         for name in ("endpoint", "tls", "kubeconfig"):
             if name in seen:
@@ -658,11 +677,24 @@ class _Reader:
                 )
 
     def read_multicluster(self, option: Option) -> None:
-        self.cx.problems.error(
-            option.word,
-            "multicluster (ServiceImport) is not in kdns; serve those zones with CoreDNS through"
-            " a forward block",
-        )
+        """`multicluster ZONE...`: there the Services are those that the cluster set shares."""
+        if self.cx.arg_count(option, 1):
+            self.imported += option.args
+            self.answers["imports"] = True
+
+    def multicluster(self, served: Sequence[bytes]) -> list[bytes]:
+        """Return the multicluster zones; report those that are not served."""
+        zones: list[bytes] = []
+        for token in self.imported:
+            for zone in self.cx.zone(token):
+                zones.append(zone)
+                if zone not in served:
+                    self.cx.problems.error(
+                        token,
+                        f"multicluster zone '{token}' is not served; name it on the line of"
+                        f" '{self.directive.name}' too",
+                    )
+        return zones
 
     def read_manifests(self, option: Option) -> None:
         """`manifests PATH...`: files or folders in place of a cluster."""

@@ -24,6 +24,7 @@ from kdns.registry.objects import (
     NAMESPACE,
     POD,
     SERVICE,
+    SERVICE_IMPORT,
     SERVICE_NAME_LABEL,
     Conditions,
     EndpointSlice,
@@ -34,6 +35,7 @@ from kdns.registry.objects import (
     PodIP,
     PodStatus,
     Service,
+    ServiceImport,
     ServiceSpec,
     SliceEndpoint,
     SlicePort,
@@ -84,6 +86,7 @@ class Compiled:
     slices: list[EndpointSlice] = field(default_factory=list)
     namespaces: list[Namespace] = field(default_factory=list)
     pods: list[Pod] = field(default_factory=list)
+    imports: list[ServiceImport] = field(default_factory=list)
     errors: list[tuple[str, ObjectError]] = field(default_factory=list)
 
 
@@ -205,6 +208,7 @@ class _Reading:
     def __init__(self) -> None:
         self.services: dict[Key, tuple[str, Service, str]] = {}  # where, it, family policy
         self.slices: dict[Key, tuple[str, EndpointSlice]] = {}
+        self.imports: dict[Key, tuple[str, ServiceImport]] = {}
         self.endpoints: dict[Key, tuple[str, Endpoints]] = {}
         self.namespaces: dict[Key, tuple[str, Namespace]] = {}
         self.pods: dict[Key, tuple[str, FullPod]] = {}
@@ -257,6 +261,11 @@ class _Reading:
         one = convert(ENDPOINT_SLICE, _in_namespace(value))
         assert isinstance(one, EndpointSlice)
         self._once(self.slices, ENDPOINT_SLICE, key_of(one), (where, one))
+
+    def read_import(self, where: str, value: dict[str, Any]) -> None:
+        one = convert(SERVICE_IMPORT, _in_namespace(value))
+        assert isinstance(one, ServiceImport)
+        self._once(self.imports, SERVICE_IMPORT, key_of(one), (where, one))
 
     def read_endpoints(self, where: str, value: dict[str, Any]) -> None:
         one = msgspec.convert(_in_namespace(value), Endpoints)
@@ -317,6 +326,7 @@ _READERS: Final[Mapping[tuple[str, str], Callable[[_Reading, str, dict[str, Any]
     ("", "Endpoints"): _Reading.read_endpoints,
     ("", "ReplicationController"): _Reading.read_workload,
     ("discovery.k8s.io", "EndpointSlice"): _Reading.read_slice,
+    ("multicluster.x-k8s.io", "ServiceImport"): _Reading.read_import,
     ("apps", "Deployment"): _Reading.read_workload,
     ("apps", "ReplicaSet"): _Reading.read_workload,
     ("apps", "StatefulSet"): _Reading.read_workload,
@@ -435,8 +445,17 @@ def compile_manifests(documents: Iterable[Document], spec: ManifestSpec) -> Comp
     out.services = [s for s in services if wanted.matches(s.metadata.labels or {})]
     out.slices = [s for s in slices if wanted.matches(s.metadata.labels or {})]
     out.pods = [_plain(p) for p in pods if wanted.matches(p.labels)]
+    # `labels` is not for ServiceImports (CoreDNS), nor are addresses given to them: that is
+    # done by another program in each cluster set.
+    out.imports = [one for _, one in reading.imports.values()]
     declared = {name: one for (_, name), (_, one) in reading.namespaces.items()}
-    tables = (reading.services, reading.slices, reading.endpoints, reading.pods)
+    tables = (
+        reading.services,
+        reading.slices,
+        reading.endpoints,
+        reading.pods,
+        reading.imports,
+    )
     used = {key[0] for table in tables for key in table}
     used |= {key[0] for _, key in reading.workloads}
     for name in sorted({*ALWAYS, *used} - set(declared)):

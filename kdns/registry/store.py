@@ -14,8 +14,6 @@ from typing import Generic, TypeVar
 from kdns.registry.endpoints import published
 from kdns.registry.objects import (
     IMPORT_NAME_LABEL,
-    NAMESPACE,
-    SERVICE_IMPORT,
     SERVICE_NAME_LABEL,
     SOURCE_CLUSTER_LABEL,
     EndpointSlice,
@@ -275,7 +273,9 @@ def same(a: Object, b: Object) -> bool:
     if not _same_meta(a.metadata, b.metadata):
         return False
     match a, b:
-        case (Service(), Service()) | (ServiceImport(), ServiceImport()):
+        case Service(), Service():
+            return a.spec == b.spec
+        case ServiceImport(), ServiceImport():
             return a.spec == b.spec
         case EndpointSlice(), EndpointSlice():
             return (

@@ -26,7 +26,15 @@ import aiohttp
 from kdns import __version__
 from kdns.errors import Denied, Expired, SourceError, Unreachable
 from kdns.metrics import Metrics
-from kdns.registry.objects import ENDPOINT_SLICE, NAMESPACE, POD, SERVICE, Kind
+from kdns.registry.objects import (
+    ENDPOINT_SLICE,
+    IMPORT_NAME_LABEL,
+    NAMESPACE,
+    POD,
+    SERVICE,
+    SERVICE_IMPORT,
+    Kind,
+)
 from kdns.registry.spec import KubeSpec
 from kdns.source.reflector import (
     Apply,
@@ -46,6 +54,7 @@ PATHS: Final[dict[Kind, str]] = {
     NAMESPACE: "/api/v1/namespaces",
     POD: "/api/v1/pods",
     ENDPOINT_SLICE: "/apis/discovery.k8s.io/v1/endpointslices",
+    SERVICE_IMPORT: "/apis/multicluster.x-k8s.io/v1alpha1/serviceimports",
 }
 # Pods that have ended have no name (reference 1.6).
 LIVE_PODS = "status.phase!=Succeeded,status.phase!=Failed,status.phase!=Unknown"
@@ -112,8 +121,14 @@ class KubeSource:
 
     def _selectors(self, kind: Kind) -> list[tuple[str, str]]:
         selectors = []
-        if kind != NAMESPACE and self._spec.label_selector:
-            selectors.append(("labelSelector", self._spec.label_selector))
+        labels = []
+        # CoreDNS: `labels` is not for ServiceImports, but for their slices.
+        if kind not in (NAMESPACE, SERVICE_IMPORT) and self._spec.label_selector:
+            labels.append(self._spec.label_selector)
+        if kind == ENDPOINT_SLICE and not self._spec.want_endpoints:
+            labels.append(IMPORT_NAME_LABEL)  # only those that have it
+        if labels:
+            selectors.append(("labelSelector", ",".join(labels)))
         if kind == POD:
             selectors.append(("fieldSelector", LIVE_PODS))
         return selectors

@@ -8,7 +8,7 @@ and reverse. It is changed only by update(), between queries.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -17,7 +17,14 @@ from kdns.dns.reverse import IN_ADDR, IP6_ARPA, reverse_name
 from kdns.registry.objects import Namespace, Pod
 from kdns.registry.selectors import Selector
 from kdns.registry.snapshot import Changes, Snapshot
-from kdns.zone.records import SVC, Item, Node, ServiceRecords, compile_service
+from kdns.zone.records import (
+    SVC,
+    Item,
+    Node,
+    ServiceRecords,
+    compile_import,
+    compile_service,
+)
 
 POD = b"pod"
 SOA_DEP = "soa"  # every answer with the zone's SOA in it depends on the serial
@@ -32,6 +39,7 @@ class ClusterOptions:
     namespaces         -- names exposed; empty: all
     namespace_selector -- label selector namespaces must match, or None
     strict             -- DNS specification 1.1.0 and RFCs instead of CoreDNS's habits (1.17)
+    imports            -- ServiceImports are wanted, for multicluster zones
     """
 
     ttl: int = 5
@@ -43,6 +51,7 @@ class ClusterOptions:
     namespace_selector: Selector | None = None
     zonal: bool = False
     strict: bool = False
+    imports: bool = False
 
 
 class Missing:
@@ -78,9 +87,11 @@ class ClusterRecords:
         self.options = options
         self.synced = False
         self.serial = 0
+        self.imports_serial = 0
         self.revision = 0
         self._namespaces: dict[bytes, bool] = {}  # lower-case name -> exposed
         self._services: dict[bytes, dict[bytes, ServiceRecords]] = {}
+        self._imports: dict[bytes, dict[bytes, ServiceRecords]] = {}
         self._by_address: dict[bytes, dict[tuple[bytes, bytes], tuple[bytes, ...] | None]] = {}
         self._pods: dict[str, dict[tuple[str, str], Pod]] = {}
         self._pod_ip: dict[tuple[str, str], str] = {}
@@ -94,14 +105,18 @@ class ClusterRecords:
         deps: list[Dep] = []
         if snapshot.synced != self.synced:
             self.synced = snapshot.synced
-        if snapshot.changed_at != self.serial:
-            self.serial = snapshot.changed_at
+        serials = snapshot.changed_at, snapshot.imports_changed_at
+        if serials != (self.serial, self.imports_serial):
+            self.serial, self.imports_serial = serials
             deps.append(SOA_DEP)
         self.revision = snapshot.revision
         for name in changes.namespaces:
             deps.append(self._update_namespace(name, snapshot.namespaces.get(name)))
         for namespace, name in changes.services:
             deps += self._update_service(snapshot, namespace, name)
+        if self.options.imports:
+            for namespace, name in changes.imports:
+                deps.append(self._update_import(snapshot, namespace, name))
         if self.options.pods == "verified":
             for key in changes.pods:
                 deps += self._update_pod(key, snapshot.pods.get(key[0], {}).get(key[1]))
@@ -149,6 +164,27 @@ class ClusterRecords:
             if not self._services[ns_key]:
                 del self._services[ns_key]
         return deps
+
+    def _update_import(self, snapshot: Snapshot, namespace: str, name: str) -> Dep:
+        ns_key, key = namespace.lower().encode(), name.lower().encode()
+        dep: Dep = ("import", ns_key, key)
+        one = snapshot.imports.get(namespace, {}).get(name)
+        if one is not None:
+            options = self.options
+            records = compile_import(
+                one,
+                snapshot.import_slices.get(namespace, {}).get(name, ()),
+                ttl=options.ttl,
+                pod_names=options.endpoint_pod_names,
+                strict=options.strict,
+            )
+            records.deps = (dep, (ns_key,))
+            self._imports.setdefault(ns_key, {})[key] = records
+        elif key in self._imports.get(ns_key, {}):
+            del self._imports[ns_key][key]
+            if not self._imports[ns_key]:
+                del self._imports[ns_key]
+        return dep
 
     def _index(self, records: ServiceRecords, add: bool) -> Iterator[Dep]:
         """Enter or remove a Service's addresses; yield the deps of their PTR answers."""
@@ -276,6 +312,51 @@ class ClusterRecords:
         node = records.in_topology_zone(value, verb == b"prefer")
         return (node if node.items else EMPTY), records.deps
 
+    def lookup_imported(self, labels: list[bytes]) -> Found:
+        """As lookup, for the labels left of a multicluster zone (1.1, 1.13): Services are
+        those imported, and an endpoint is named with its cluster."""
+        n = len(labels)
+        if n < 3 or labels[-1] != SVC:
+            return self.lookup(labels)
+        namespace, name = labels[-2], labels[-3]
+        if not self._namespaces.get(namespace):
+            return MISSING, ((namespace,),)
+        records = self._imports.get(namespace, {}).get(name)
+        if records is None:
+            return MISSING, (("import", namespace, name), (namespace,))
+        deps = records.deps
+        if n > 5 or (
+            self.options.ignore_empty_service and not records.headless and not records.endpoints
+        ):
+            return MISSING, deps
+        if n == 3:
+            return self._own_node(records, b"", b""), deps
+        if n == 4:
+            # Without its cluster an endpoint is found only if its slice names none.
+            node = records.endpoint_in(b"", labels[0])
+            if node is not None:
+                return node, deps
+            below = self._has_protocol(records, labels[0]) or records.has_cluster(labels[0])
+            return (EMPTY if below and self.options.strict else MISSING), deps
+        first, second = labels[0], labels[1]
+        marks = (first[:1] == b"_") + (second[:1] == b"_")
+        if not marks:
+            return records.endpoint_in(second, first) or MISSING, deps
+        if self.options.strict and marks < 2:
+            return MISSING, deps
+        return self._own_node(records, first.removeprefix(b"_"), second.removeprefix(b"_")), deps
+
+    def _own_node(
+        self, records: ServiceRecords, port: bytes, protocol: bytes
+    ) -> Node | Empty | Missing:
+        """Return the node of a ServiceImport or of one of its ports."""
+        node = records.node(port=port, protocol=protocol)
+        if node is not None:
+            return node
+        # No address was given to it yet: the name is there, without records.
+        waiting = not records.headless and not records.addresses
+        return EMPTY if waiting and records.has_port(port, protocol) else MISSING
+
     def _has_protocol(self, records: ServiceRecords, label: bytes) -> bool:
         """True if `_tcp.SVC` is an empty non-terminal (strict only)."""
         if label[:1] != b"_":
@@ -339,9 +420,18 @@ class ClusterRecords:
 
     def services(self) -> Iterator[ServiceRecords]:
         """Yield the Services that are exposed, sorted by name (reference 1.14)."""
+        return self._exposed(self._services)
+
+    def imports(self) -> Iterator[ServiceRecords]:
+        """As services(), of those imported."""
+        return self._exposed(self._imports)
+
+    def _exposed(
+        self, table: Mapping[bytes, Mapping[bytes, ServiceRecords]]
+    ) -> Iterator[ServiceRecords]:
         found = [
             records
-            for namespace, services in self._services.items()
+            for namespace, services in table.items()
             if self._namespaces.get(namespace)
             for records in services.values()
         ]

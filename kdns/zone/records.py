@@ -1,7 +1,8 @@
 """*** Where a Service becomes DNS records. ***
 
 compile_service() is the one function that turns a Service and its EndpointSlices into what
-can be asked of them; answers, transfers, PTR and dumps all read its result. The default is
+can be asked of them; answers, transfers, PTR and dumps all read its result. compile_import()
+does the same for a ServiceImport, whose endpoints are in several clusters. The default is
 CoreDNS's reading of the Kubernetes DNS specification 1.1.0 (docs/DESIGN.md, reference 1.3
 to 1.5); `strict` is the specification's own where the two differ (reference 1.17).
 """
@@ -9,15 +10,21 @@ to 1.5); `strict` is the specification's own where the two differ (reference 1.1
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from struct import pack
 
 from kdns.dns import types as t
 from kdns.dns.message import RR
-from kdns.dns.name import BadName, name_of, parse_name
+from kdns.dns.name import MAX_NAME, BadName, name_of, parse_name
 from kdns.registry.endpoints import published
-from kdns.registry.objects import EndpointSlice, Service
+from kdns.registry.objects import (
+    SOURCE_CLUSTER_LABEL,
+    EndpointSlice,
+    Service,
+    ServiceImport,
+    ServicePort,
+)
 
 NO_PORT = -1  # stands for "no ports declared": there is an address but nothing for SRV
 SVC = b"svc"
@@ -29,6 +36,7 @@ class Item:
 
     target -- labels left of the zone that an SRV record points to
     label  -- the endpoint's own name; empty for a ClusterIP
+    cluster -- of a ServiceImport's endpoint: the id of the cluster it is in
     """
 
     packed: bytes
@@ -38,6 +46,7 @@ class Item:
     target: tuple[bytes, ...]
     label: bytes
     topology_zone: str = ""
+    cluster: bytes = b""
 
 
 class Node:
@@ -88,6 +97,8 @@ class Node:
             if item.port == NO_PORT:
                 continue
             target = name_of([*item.target])[:-1] + zone
+            if len(target) > MAX_NAME:
+                continue  # four labels of 63 octets, and a cluster's, are no name any more
             if (item.target, item.port) not in answers:
                 rdata = pack("!HHH", 0, weight, item.port) + target
                 answers[item.target, item.port] = RR(b"", t.SRV, self.ttl, rdata)
@@ -140,7 +151,7 @@ class ServiceRecords:
         self.addresses: tuple[bytes, ...] = ()
         self.ports: tuple[tuple[bytes, bytes, int], ...] = ()
         self.deps: tuple[object, ...] = ()
-        self._nodes: dict[tuple[bytes, bytes, bytes], Node] = {}
+        self._nodes: dict[tuple[bytes, ...], Node] = {}
 
     def node(self, endpoint: bytes = b"", port: bytes = b"", protocol: bytes = b"") -> Node | None:
         """Return the node of an endpoint name, of `_port._protocol`, or of the Service itself.
@@ -163,6 +174,29 @@ class ServiceRecords:
                 return None
             node = self._nodes[key] = Node(items, self.ttl, self.strict)
         return node
+
+    def has_port(self, port: bytes, protocol: bytes) -> bool:
+        """True if there is such a port; empty matches any."""
+        return any(
+            (not port or name == port) and (not protocol or known == protocol)
+            for name, known, _ in self.ports
+        )
+
+    def endpoint_in(self, cluster: bytes, endpoint: bytes) -> Node | None:
+        """Return the node of a ServiceImport's endpoint; cluster empty: one of which it is
+        not known where it is."""
+        key = (cluster, endpoint)
+        node = self._nodes.get(key)
+        if node is None:
+            items = tuple(i for i in self.endpoints if i.cluster == cluster and i.label == endpoint)
+            if not items:
+                return None
+            node = self._nodes[key] = Node(items, self.ttl, self.strict)
+        return node
+
+    def has_cluster(self, cluster: bytes) -> bool:
+        """True if endpoints of a ServiceImport are in this cluster."""
+        return any(i.cluster == cluster for i in self.endpoints)
 
     def in_topology_zone(self, topology_zone: str, prefer: bool) -> Node:
         """Return the node of a zonal name (reference 1.13); it may have no items."""
@@ -202,51 +236,94 @@ def compile_service(
     if spec.type == "ExternalName":
         records.cname = external_target(spec.external_name)
         return records
-    base = (name, namespace, SVC)
+    records.endpoints = tuple(_endpoint_items(records, slices, pod_names))
+    cluster_ips = spec.cluster_ips or [spec.cluster_ip]
+    if cluster_ips[0] == "None":
+        cluster_ips = []
+        records.headless = True
+    _set_own_items(records, spec.ports, cluster_ips, bare=True)
+    return records
+
+
+def compile_import(
+    one: ServiceImport,
+    slices: Iterable[EndpointSlice],
+    *,
+    ttl: int,
+    pod_names: bool = False,
+    strict: bool = False,
+) -> ServiceRecords:
+    """Return the records of a ServiceImport (reference 1.13, KEP-1645), for which each cluster
+    of the set that exports the Service has slices of its own."""
+    meta, spec = one.metadata, one.spec
+    namespace, name = meta.namespace.lower().encode(), meta.name.lower().encode()
+    records = ServiceRecords(namespace, name, ttl, strict)
     endpoints: list[Item] = []
+    for part in slices:
+        cluster = (part.metadata.labels or {}).get(SOURCE_CLUSTER_LABEL, "").lower().encode()
+        endpoints += _endpoint_items(records, (part,), pod_names, cluster)
+    records.endpoints = tuple(endpoints)
+    records.headless = spec.type == "Headless"
+    # CoreDNS: without ports there is no name. DNS spec 2.3.1 asks for its address all the same.
+    _set_own_items(records, spec.ports, spec.ips or (), bare=strict)
+    return records
+
+
+def _endpoint_items(
+    records: ServiceRecords,
+    slices: Iterable[EndpointSlice],
+    pod_names: bool,
+    cluster: bytes = b"",
+) -> Iterator[Item]:
+    base: tuple[bytes, ...] = (records.name, records.namespace, SVC)
+    if cluster:
+        base = (cluster, *base)
     for endpoint, address, packed, ports in published(slices):
         ref = endpoint.target_ref
         label = endpoint_label(
             endpoint.hostname, ref.name if ref else "", address, pod_names
         ).lower().encode()  # fmt: skip
+        target = (label, *base)
         zone = endpoint.topology_zone or ""
         if not ports:
-            endpoints.append(Item(packed, NO_PORT, b"", b"", (label, *base), label, zone))
+            yield Item(packed, NO_PORT, b"", b"", target, label, zone, cluster)
         for port in ports:
-            endpoints.append(
-                Item(
-                    packed,
-                    NO_PORT if port.port is None else port.port,
-                    (port.name or "").lower().encode(),
-                    (port.protocol or "TCP").lower().encode(),
-                    (label, *base),
-                    label,
-                    zone,
-                )
+            yield Item(
+                packed,
+                NO_PORT if port.port is None else port.port,
+                (port.name or "").lower().encode(),
+                (port.protocol or "TCP").lower().encode(),
+                target,
+                label,
+                zone,
+                cluster,
             )
-    records.endpoints = tuple(endpoints)
+
+
+def _set_own_items(
+    records: ServiceRecords, ports: Sequence[ServicePort] | None, ips: Iterable[str], bare: bool
+) -> None:
+    """Fill in ports, addresses and items. bare -- an address without a port is one too."""
     records.ports = tuple(
-        (p.name.lower().encode(), p.protocol.lower().encode(), p.port) for p in spec.ports or ()
+        (p.name.lower().encode(), p.protocol.lower().encode(), p.port) for p in ports or ()
     )
-    cluster_ips = spec.cluster_ips or [spec.cluster_ip]
-    if cluster_ips[0] == "None":
-        records.headless = True
+    if records.headless:
         records.items = records.endpoints
-        return records
+        return
     packed_ips = []
-    for ip in cluster_ips:
+    for ip in ips:
         try:
             packed_ips.append(ipaddress.ip_address(ip).packed)
         except ValueError:
             continue  # not allocated yet: as if the Service were not there (reference 1.3)
     records.addresses = tuple(packed_ips)
-    own_ports = records.ports or ((b"", b"", NO_PORT),)
+    base = (records.name, records.namespace, SVC)
+    own_ports = records.ports or (((b"", b"", NO_PORT),) if bare else ())
     records.items = tuple(
         Item(packed, port, port_name, protocol, base, b"")
         for port_name, protocol, port in own_ports
         for packed in packed_ips
     )
-    return records
 
 
 def external_target(text: str) -> bytes | None:
@@ -266,7 +343,8 @@ def external_target(text: str) -> bytes | None:
 
 
 def transfer_records(records: ServiceRecords, zone: bytes) -> Iterator[RR]:
-    """Yield what a zone transfer says of one Service (reference 1.14). `zone`: wire name."""
+    """Yield what a zone transfer says of one Service or import (reference 1.14). `zone`: wire
+    name."""
     ttl = records.ttl
 
     def named(*labels: bytes) -> bytes:
@@ -288,15 +366,16 @@ def transfer_records(records: ServiceRecords, zone: bytes) -> Iterator[RR]:
             if port_name:
                 yield RR(named(b"_" + port_name, b"_" + protocol), t.SRV, ttl, rdata)
         return
-    seen: set[tuple[bytes, bytes]] = set()
-    weight = srv_weight(len({(i.label, i.packed) for i in records.endpoints}))
+    seen: set[tuple[tuple[bytes, ...], bytes]] = set()
+    weight = srv_weight(len({(i.target, i.packed) for i in records.endpoints}))
     for item in records.endpoints:
         rtype = t.A if len(item.packed) == 4 else t.AAAA
-        target = named(item.label)
-        if (item.label, item.packed) not in seen:
-            seen.add((item.label, item.packed))
+        target = name_of([*item.target])[:-1] + zone
+        if (item.target, item.packed) not in seen:
+            seen.add((item.target, item.packed))
             yield RR(owner, rtype, ttl, item.packed)
-            yield RR(target, rtype, ttl, item.packed)
-        if item.port_name and item.port != NO_PORT:
+            if len(target) <= MAX_NAME:
+                yield RR(target, rtype, ttl, item.packed)
+        if item.port_name and item.port != NO_PORT and len(target) <= MAX_NAME:
             rdata = pack("!HHH", 0, weight, item.port) + target
             yield RR(named(b"_" + item.port_name, b"_" + item.protocol), t.SRV, ttl, rdata)
