@@ -82,6 +82,12 @@ class Figures:
     def rate(self) -> float:
         return statistics.median(self.rates)
 
+    def against(self, other: Figures) -> str:
+        """Return the ratio of rates, round by round: "median (lowest to highest)"."""
+        ratios = [mine / theirs for mine, theirs in zip(self.rates, other.rates, strict=True)]
+        low, high = min(ratios), max(ratios)
+        return f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})"
+
     @property
     def spread(self) -> float:
         return (max(self.rates) - min(self.rates)) / self.rate if self.rate else 0.0
@@ -297,14 +303,16 @@ def write_results(
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     versions = {name: version_of(command) for name, (command, _) in servers.items()
                 if name != "echo"}  # fmt: skip
+    rounds = max(len(f.rates) for by_load in results.values() for f in by_load.values())
     lines = [
         "# Measured",
         "",
         f"{now} on {cpu_model()}, {os.cpu_count()} cores, {platform.platform()},"
         f" Python {platform.python_version()}. Command: `{' '.join(['make bench'])}`"
         f" (`bench/run.py {' '.join(sys.argv[1:])}`)."
-        " Server on one core, dnsperf on the other; kubeadm Corefile, metrics on; median of the"
-        " rounds, spread in brackets. Absolute figures differ by machine: read the ratios.",
+        " Server on one core, dnsperf on the other; kubeadm Corefile, metrics on; median of"
+        f" {rounds} rounds. Ratios are taken within a round, lowest and highest in brackets:"
+        " read them, for absolute figures differ by machine.",
         "",
         *[f"- {name}: {text}" for name, text in versions.items()],
         "- echo: bench/echo.c, a bare UDP echo (recvmmsg/sendmmsg): the limit of the socket",
@@ -317,7 +325,7 @@ def write_results(
         for name, by_load in results.items():
             figures = by_load[load.name]
             ratios = [
-                f"{figures.rate / results[peer][load.name].rate:.2f}" if peer in results else "-"
+                figures.against(results[peer][load.name]) if peer in results else "-"
                 for peer in ("echo", "coredns")
             ]
             lines.append(
