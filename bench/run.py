@@ -248,7 +248,7 @@ def version_of(command: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=5, help="length of one dnsperf run")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--services", type=int, default=1000)
     args = parser.parse_args()
     for program in ("dnsperf", "taskset"):
@@ -308,8 +308,9 @@ def write_results(
         "# Measured",
         "",
         f"{now} on {cpu_model()}, {os.cpu_count()} cores, {platform.platform()},"
-        f" Python {platform.python_version()}. Command: `{' '.join(['make bench'])}`"
-        f" (`bench/run.py {' '.join(sys.argv[1:])}`)."
+        f" Python {platform.python_version()}."
+        f" Command: `{' '.join(['python', 'bench/run.py', *sys.argv[1:]])}`"
+        f"{' (make bench)' if not sys.argv[1:] else ''}."
         " Server on one core, dnsperf on the other; kubeadm Corefile, metrics on; median of"
         f" {rounds} rounds. Ratios are taken within a round, lowest and highest in brackets:"
         " read them, for absolute figures differ by machine.",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support import FakeClock, a, build, cname, directives, errors_of, make_setup, question
 
 from kdns.dns import types as t
-from kdns.dns.message import AA, AD, CD, FOREVER, RA, RR, TC, Edns, Query, Reply
+from kdns.dns.message import AA, AD, CD, FOREVER, RA, RR, TC, Edns, Query, Reply, failure
 from kdns.dns.name import name_of, parse_name
 from kdns.plugins import cache as cache_module
 from kdns.plugins.cache import Cache, Store
@@ -55,7 +55,12 @@ class Below(Plugin):
     def on_query(self, query: Query) -> Outcome:
         self.asked.append(query)
         found = self.outcome(query) if callable(self.outcome) else self.outcome
-        return found.copy() if isinstance(found, Reply) else found
+        if not isinstance(found, Reply):
+            return found
+        reply = found.copy()
+        if not reply.is_written and reply.error is None:
+            reply.served_by = self.word  # a SERVFAIL that an upstream sent
+        return reply
 
 
 class World:
@@ -744,3 +749,10 @@ def test_without_zones_those_of_the_server_block_are_cached() -> None:
     (plugin,) = cache_module.setup(directives("cache"), cx)
     assert isinstance(plugin, Cache)
     assert plugin.rules.zones == (parse_name("example.org."), parse_name("example.net."))
+
+
+def test_a_failure_that_is_nobodys_answer_is_not_kept() -> None:
+    """CoreDNS: no upstream answered, so the next query tries again at once, without AA."""
+    world = World("cache", failure(t.SERVFAIL, "no upstream answers"))
+    assert [world.ask().flags & AA for _ in range(2)] == [0, 0]
+    assert len(world.asked) == 2

@@ -225,6 +225,9 @@ def _limit(proto: str, edns: Edns | None) -> int:
     return MIN_UDP if edns is None else max(MIN_UDP, edns.size)
 
 
+_UNWRITTEN = frozenset((t.FORMERR, t.SERVFAIL, t.NOTIMP, t.REFUSED))
+
+
 class Reply:
     """What the chain answers, and what is known of how long it may be repeated.
 
@@ -288,6 +291,12 @@ class Reply:
         self.shuffled = False
         self.served_by = served_by
         self.stream: Any = None
+
+    @property
+    def is_written(self) -> bool:
+        """False for a mere rcode that a plugin ended the query with: CoreDNS's server makes a
+        reply of it above all plugins, so none of them alters or keeps it (ClientWrite)."""
+        return self.served_by != "" or self.rcode not in _UNWRITTEN
 
     def copy(self) -> Reply:
         """Return a copy whose lists can be changed; records are shared; nothing tallied."""

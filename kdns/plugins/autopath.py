@@ -22,9 +22,6 @@ from kdns.plugins.setup import Setup
 # Elements of one search path that are asked for. Resolvers took 6 for long; glibc since 2.26
 # has no limit, but each costs a question to the plugins below.
 MAX_SEARCH = 32
-# With these a plugin can end a query without having made a reply (served_by is empty then);
-# the walk goes on, as it does after NXDOMAIN (CoreDNS plugin.ClientWrite).
-UNWRITTEN = frozenset((t.FORMERR, t.SERVFAIL, t.NOTIMP, t.REFUSED))
 
 
 @runtime_checkable
@@ -66,7 +63,7 @@ class Autopath(Plugin):
             assert reply is not None  # asked without a time limit
             if reply.error is not None:
                 return reply
-            if reply.rcode != t.NXDOMAIN and (reply.served_by or reply.rcode not in UNWRITTEN):
+            if reply.rcode != t.NXDOMAIN and reply.is_written:
                 reply.count(self._success)
                 return _lead_to(query, reply)
             if at + 1 < len(names):

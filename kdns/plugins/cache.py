@@ -540,7 +540,8 @@ def classify(query: Query, reply: Reply) -> Kind:
     if rcode == t.NXDOMAIN:
         return Kind.OTHER if reply.answer else Kind.NXDOMAIN
     if rcode == t.SERVFAIL or rcode == t.NOTIMP:
-        return Kind.FAILURE
+        # An answer of an upstream's; that none came is found out anew each time (CoreDNS).
+        return Kind.FAILURE if reply.is_written else Kind.OTHER
     return Kind.OTHER
 
 

@@ -243,7 +243,7 @@ class Router:
         """Answer `query`, or say what to ask an upstream first."""
         edns = query.edns
         if edns is not None and edns.version:
-            return self._refuse(query, t.BADVERS)  # RFC 6891 s6.1.3
+            return failure(t.BADVERS)  # RFC 6891 s6.1.3; CoreDNS does not count it
         if query.qclass != t.IN and not self.any_class:
             return self._refuse(query, t.REFUSED)
         chain = self._only or self.route(query)

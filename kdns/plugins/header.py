@@ -56,8 +56,7 @@ class Header(Plugin):
         return changed
 
     def on_reply(self, query: Query, reply: Reply) -> Reply:
-        # CoreDNS writes a reply for an error above this plugin, so it keeps its flags.
-        if reply.error is None:
+        if reply.is_written:
             reply.flags = reply.flags & ~self._clear | self._set
         return reply
 
