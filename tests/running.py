@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 from types import TracebackType
 
@@ -10,6 +11,20 @@ from kdns.app import App
 from kdns.dns.message import Edns, Message, parse_message, render_query
 from kdns.dns.name import parse_name
 from kdns.dns.types import TYPES
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that is free over UDP and TCP; below those the kernel hands
+    out by itself, so that no other test is given it before kdns listens."""
+    for port in random.sample(range(20000, 32000), 200):
+        with socket.socket() as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+            try:
+                tcp.bind(("127.0.0.1", port))
+                udp.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise AssertionError("no free port on 127.0.0.1")
 
 
 class RunningKdns:

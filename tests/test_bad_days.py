@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,7 +17,7 @@ from typing import Any
 
 import pytest
 from api_replay import ApiReplay, Fault, Json
-from running import RunningKdns
+from running import RunningKdns, free_port
 from upstream_server import UpstreamServer
 
 from kdns.dns import types as t
@@ -733,9 +732,7 @@ async def test_a_reload_that_fails_leaves_nothing_running(tmp_path: Path) -> Non
 
 
 async def test_a_server_that_forwards_to_itself_says_so_at_once() -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
+    port = free_port()
     text = f""".:{port} {{
         bind 127.0.0.1
         loop

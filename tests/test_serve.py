@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import signal
 import socket
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from running import free_port
 
 import kdns
 from kdns.dns import types as t
@@ -24,19 +24,6 @@ from kdns.server.client import Exchange, NoAnswer, Server, ask
 
 PROJECT = Path(__file__).resolve().parent.parent
 NAME = parse_name("web.example.test.")
-
-
-def free_port() -> int:
-    """Return a port below those the kernel gives away by itself, free over UDP and TCP."""
-    for port in random.sample(range(10_000, 30_000), 200):
-        with socket.socket() as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
-            try:
-                tcp.bind(("127.0.0.1", port))
-                udp.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
-    raise AssertionError("no port of 127.0.0.1 is free")
 
 
 @pytest.fixture
