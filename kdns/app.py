@@ -39,6 +39,7 @@ from kdns.registry.spec import KubeSpec, ManifestSpec
 from kdns.registry.store import Store
 from kdns.server import files
 from kdns.server.exchange import Exchange
+from kdns.server.files import Stamp
 from kdns.server.http import HttpServer
 from kdns.server.listen import Listener, Place
 from kdns.server.upstream import UpstreamPool
@@ -156,9 +157,11 @@ class App:
         old site goes on as it was."""
         plugins = site.plugins()
         work = [item for plugin in plugins for item in plugin.work()]
+        stamps: dict[str, Stamp] = {}
         for item in work:
             if isinstance(item, (WatchFile, WatchFolder)):
-                files.load(item)
+                stamps.setdefault(item.path, files.stamp(item.path))
+                self._load(item)
         http = await self._open_http(site)
         feeds = [(self._pipeline(w.source), w) for w in work if isinstance(w, Feed)]
         try:
@@ -171,10 +174,17 @@ class App:
             self._end_unread_pipelines()
             raise
         await self._retire(site, new, http, feeds)
-        self.site = site
         debug = any(plugin.word == "debug" for plugin in plugins)
         log.setLevel(logging.DEBUG if debug else logging.INFO)
-        self._start_work(site)
+        self._start_work(site, stamps)
+
+    def _load(self, item: WatchFile | WatchFolder) -> None:
+        try:
+            files.load(item)
+        except Exception:
+            if self.site is not None:
+                raise  # the old configuration is better than a new one without this file
+            log.exception("a bug in kdns while reading %s; it is served without", item.path)
 
     async def _open_listeners(
         self, site: Site, feeds: list[tuple[Pipeline, Feed]]
@@ -230,11 +240,13 @@ class App:
             tls: Any = site.tls_of(place)
             if listener.context is not None and tls is not None and place not in new:
                 _load_certificates(listener.context, tls.cert, tls.key, tls.ca, tls.client_auth)
-            for cache in listener.caches:
-                cache.clear()
             for block in site.blocks:
                 if place in places_of(block):
                     block.chain.spawn = listener.exchange.background
+        # From here on a change of the registry reaches the new site; what it answered before,
+        # on listeners opened just now, may be older than the last one.
+        self.site = site
+        self._invalidate(None)
         for pipeline, publish in self._feeds:
             pipeline.unsubscribe(publish)
         self._feeds = [(pipeline, feed.publish) for pipeline, feed in feeds]
@@ -297,11 +309,11 @@ class App:
 
     # --- what plugins want done -------------------------------------------------------
 
-    def _start_work(self, site: Site) -> None:
+    def _start_work(self, site: Site, stamps: dict[str, Stamp]) -> None:
         for block in site.blocks:
             for item in [w for plugin in block.plugins for w in plugin.work()]:
                 if isinstance(item, (WatchFile, WatchFolder)):
-                    self._spawn(files.follow(item, self._forget_all))
+                    self._spawn(files.follow(item, self._forget_all, stamps.get(item.path)))
                 elif isinstance(item, Every):
                     self._spawn(_every(item))
                 elif isinstance(item, Probe):
@@ -452,6 +464,10 @@ class App:
                     await self._hurry.wait()
 
     async def _close(self) -> None:
+        if self._follower is not None:
+            # A reload under way opens and closes listeners too.
+            self._follower.cancel()
+            await asyncio.wait((self._follower,))
         for listener in self.listeners.values():
             await listener.close()
         for server in self._http.values():
@@ -460,8 +476,6 @@ class App:
             await self._upstreams.close()
         for task in (*self._tasks, *(task for _, task in self.pipelines.values())):
             task.cancel()
-        if self._follower is not None:
-            self._follower.cancel()
 
 
 def settle_memory() -> None:
@@ -612,7 +626,10 @@ async def _probe(listener: Listener, probe: Probe) -> None:
 async def _every(item: Every) -> None:
     while True:
         await asyncio.sleep(item.interval)
-        item.tick(time.monotonic())
+        try:
+            item.tick(time.monotonic())
+        except Exception:
+            log.exception("a bug in kdns in a task that comes again and again; it goes on")
 
 
 async def _contained(work: Coroutine[Any, Any, None]) -> None:

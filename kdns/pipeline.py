@@ -61,8 +61,9 @@ class Pipeline:
         publish(self.snapshot, everything(self.snapshot), self._clock())
 
     def unsubscribe(self, publish: Publish) -> None:
-        """Remove a reader."""
-        self._readers.remove(publish)
+        """Remove a reader, if it is one."""
+        if publish in self._readers:
+            self._readers.remove(publish)
 
     def age(self) -> float | None:
         """Return the seconds since the source was last heard of, of the kind it was heard of

@@ -13,11 +13,12 @@ from support import Stub, a, answer, build, directives, make_setup, question, ru
 
 from kdns.dns import types as t
 from kdns.dns.message import AA, RA, RR, Edns, Reply, failure, render_reply
-from kdns.dns.name import ROOT, parse_name
+from kdns.dns.name import ROOT, parse_name, render_name
 from kdns.dns.text import render_rr
 from kdns.plugins.bind import setup as setup_bind
 from kdns.plugins.chain import Chain, Router
 from kdns.plugins.plugin import DROP, Plugin, WatchFile
+from kdns.server.http import freshness
 
 DB = service("db", ip="None", ports=[("pg", 5432, "TCP")])
 DB_SLICE = slice_of("db", endpoint("10.244.1.50", hostname="db-0"), ports=[("pg", 5432, "TCP")])
@@ -203,3 +204,58 @@ def test_what_an_alias_leads_to_is_missing_all_the_same() -> None:
     assert t.rcode_name(reply.rcode) == "NXDOMAIN"
     assert lines(reply.answer) == ["gone.example.org. 300 IN CNAME nowhere.example.org."]
     assert [t.type_name(rr.type) for rr in reply.authority] == ["SOA"]
+
+
+# --- what people see ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("label", "text"),
+    [
+        (b"a b", "a\\ b."),
+        (b"it's", "it\\'s."),
+        (b"$x", "$x."),
+        (b"a.b", "a\\.b."),
+        (b'"();@\\', '\\"\\(\\)\\;\\@\\\\.'),
+        (b"\t\x7f", "\\009\\127."),
+    ],
+)
+def test_names_are_written_as_miekg_dns_writes_them(label: bytes, text: str) -> None:
+    wire = bytes((len(label),)) + label + ROOT
+    assert render_name(wire) == text
+    assert parse_name(text) == wire
+
+
+def test_the_log_shows_tc_where_the_answer_was_cut(caplog: pytest.LogCaptureFixture) -> None:
+    many = [a("many.test.", f"10.0.0.{n}") for n in range(60)]
+    below = Stub({("many.test.", "A"): Reply(answer=many)})
+    plugins = [*build('log . "{>rflags} {rsize}"'), below]
+    with caplog.at_level("INFO"):
+        answer(plugins, question("many.test."))
+        answer(plugins, question("many.test.", proto="tcp"))
+        answer(plugins, question("many.test.", edns=Edns(1232, False)))
+    assert [record.getMessage() for record in caplog.records] == [
+        "qr,aa,tc,rd 1527",
+        "qr,aa,rd 1527",
+        "qr,aa,rd 1527",  # fits once it is compressed
+    ]
+
+
+def test_the_error_says_after_which_plugin_there_was_none() -> None:
+    reply = answer(build("errors\nlog"), question("a.test."))
+    assert reply.error == "plugin/log: no next plugin found"
+
+
+@pytest.mark.parametrize(
+    ("reply", "seconds"),
+    [
+        (Reply(answer=[a("a.test.", "192.0.2.1", 300)]), 300),
+        (Reply(answer=[a("a.test.", "192.0.2.1", 90000)]), 3600),
+        # The lowest TTL of all sections.
+        (Reply(answer=[a("a.test.", "192.0.2.1")], additional=[a("b.test.", "192.0.2.1", 7)]), 7),
+        (Reply(t.SERVFAIL), 5),
+        (Reply(), 5),
+    ],
+)
+def test_how_long_an_answer_over_https_stays_fresh(reply: Reply, seconds: int) -> None:
+    assert freshness(reply) == seconds

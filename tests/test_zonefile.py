@@ -107,7 +107,7 @@ READ = {
             "000.example.org. 60 IN CNAME 0010.x.example.org.",
             "002.example.org. 60 IN CNAME 0012.x.example.org.",
             "004.example.org. 60 IN CNAME 0014.x.example.org.",
-            'a\\$\\$.example.org. 60 IN TXT "10-9-a.0.0-A-12"',
+            'a$$.example.org. 60 IN TXT "10-9-a.0.0-A-12"',
         ],
     ),
 }

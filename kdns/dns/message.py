@@ -515,6 +515,14 @@ def reply_size(query: Query, reply: Reply) -> int:
     return size
 
 
+def is_cut(query: Query, reply: Reply) -> bool:
+    """True if render_reply has to leave out records of `reply` and sets TC."""
+    # The query's own size is no less than that of the OPT to come.
+    if reply_size(query, reply) + query.size <= query.limit:
+        return False
+    return bool(render_reply(query, reply)[2] & TC >> 8)
+
+
 def _fragments(query: Query, size: int) -> bool:
     if query.proto != "udp":
         return False

@@ -81,7 +81,10 @@ def _split_escaped(text: str) -> tuple[list[bytes], bool]:
     return labels, absolute
 
 
-_PLAIN = frozenset(range(0x21, 0x7F)) - frozenset(b'."();@$\\')
+# Octets written behind a backslash, as miekg/dns does; so logs, templates and regular
+# expressions see a name as CoreDNS shows it. Others outside of 21-7E hex are \DDD.
+_ESCAPED = frozenset(b". '@;()\"\\")
+_PLAIN = frozenset(range(0x21, 0x7F)) - _ESCAPED
 
 
 def render_name(wire: bytes) -> str:
@@ -105,7 +108,7 @@ def _escape(label: bytes) -> str:
     for octet in label:
         if octet in _PLAIN:
             out.append(chr(octet))
-        elif octet in b'."();@$\\':
+        elif octet in _ESCAPED:
             out.append("\\" + chr(octet))
         else:
             out.append(f"\\{octet:03d}")

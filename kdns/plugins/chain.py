@@ -86,6 +86,10 @@ class Chain:
             for i, p in reversed(list(enumerate(self.plugins)))
             if type(p).on_drop is not Plugin.on_drop
         ]
+        last = max((at for at, _ in (*downs, *self._ups, *self._drops)), default=-1)
+        self._no_next = (
+            f"plugin/{self.plugins[last].word}: no next plugin found" if last >= 0 else ""
+        )
         # Nothing here answers or looks at answers (`bind`, `health`, ...): as an empty block.
         self.idle = not (downs or self._ups or self._drops)
         for plugin in self.plugins:
@@ -106,13 +110,13 @@ class Chain:
                 continue
             return self._settle(query, start, at, trail, outcome)
         # CoreDNS plugin.NextOrFailure
-        return self._up(
-            query, start, len(self.plugins), trail, failure(t.SERVFAIL, "no next plugin found")
-        )
+        return self._up(query, start, len(self.plugins), trail, failure(t.SERVFAIL, self._no_next))
 
     def _up(
         self, query: Query, start: int, below: int, trail: Trail | None, reply: Reply
     ) -> Result:
+        if self.per_client:
+            reply.keep = 0.0
         for at, on_reply in self._ups:
             if at < below:
                 if at < start:

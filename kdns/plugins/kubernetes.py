@@ -82,6 +82,8 @@ class Kubernetes(Plugin):
             for zone in zones
         }
         self._strict = options.strict
+        # `namespaces` filters PTR answers, so these depend on the namespaces named.
+        self._exposed = tuple((name.lower().encode(),) for name in sorted(options.namespaces))
         self._ttl = options.ttl
         self._reverse = frozenset(z for z in zones if z.endswith((IN_ADDR, IP6_ARPA)))
         self._soa: dict[bytes, RR] = {}  # of the serials of the last snapshot
@@ -113,6 +115,13 @@ class Kubernetes(Plugin):
             return ""
         who = "API server" if isinstance(self.source, KubeSpec) else "manifests"
         return f"no word from the {who} for {age:.0f} s"
+
+    def on_reply(self, query: Query, reply: Reply) -> Reply:
+        # Only what was passed on comes back up this way: that one of our names is not there
+        # is true until it comes, and whoever answered for it below does not know of that.
+        if reply.keep and any(suffix in self.zones for suffix in _suffixes(query.key)):
+            reply.keep = 0.0
+        return reply
 
     # --- answering ----------------------------------------------------------------------
 
@@ -278,8 +287,12 @@ class Kubernetes(Plugin):
                 for _, packed in self._server_names(zone)
                 if len(packed) == size
             ]
-            if answer:
-                return Reply(t.NOERROR, answer, served_by="kubernetes")
+            reply = Reply(t.NOERROR, answer, served_by="kubernetes")
+            if not answer:
+                reply = self._negative(zone, t.NOERROR, ())
+            # Which Services this server stands behind is in no dep.
+            reply.keep = 0.0
+            return reply
         return self._negative(zone, t.NOERROR, ())
 
     # --- ExternalName (reference 1.5) ---------------------------------------------------
@@ -366,25 +379,31 @@ class Kubernetes(Plugin):
                 return self._missing(query, zone, ())
             return self._forward_name(query, zone, labels, lookup)
         pointers = self.records.pointers(packed)
+        deps = (packed, *self._exposed)
         if not pointers:
-            return self._missing(query, zone, (packed,))
+            return self._missing(query, zone, deps)
         answer = [
             RR(query.name, t.PTR, self._ttl, join(target, self.primary)) for target in pointers
         ]
-        return self._positive(answer, [], (packed,), zone)
+        return self._positive(answer, [], deps, zone)
 
     def _reverse_name(self, query: Query, zone: bytes) -> Outcome:
         """Answer for other types than PTR, and for names that are no whole address."""
         packed = _address(query.key)
-        deps: tuple[Dep, ...] = () if packed is None else (packed,)
-        if self._strict:
-            if packed is None:
-                exists = self.records.has_reverse_below(query.key)
-            else:
-                exists = bool(self.records.pointers(packed))
-            if exists:
-                return self._negative(zone, t.NOERROR, deps)
-        return self._missing(query, zone, deps)
+        deps: tuple[Dep, ...] = () if packed is None else (packed, *self._exposed)
+        if not self._strict:
+            return self._missing(query, zone, deps)
+        if packed is not None:
+            exists = bool(self.records.pointers(packed))
+        else:
+            exists = self.records.has_reverse_below(query.key)
+        if exists:
+            outcome: Outcome = self._negative(zone, t.NOERROR, deps)
+        else:
+            outcome = self._missing(query, zone, deps)
+        if packed is None and isinstance(outcome, Reply):
+            outcome.keep = 0.0  # what lies below it is in no dep
+        return outcome
 
     # --- for other plugins --------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from kdns.dns.message import (
     TC,
     Query,
     Reply,
+    is_cut,
     reply_size,
 )
 from kdns.dns.name import ROOT, is_subdomain, render_name
@@ -90,6 +91,8 @@ def _rflags(query: Query, reply: Reply | None) -> str:
     if reply is None:
         return EMPTY
     flags = (reply.flags & (AA | TC | RA | AD)) | (query.flags & (RD | CD))
+    if not flags & TC and is_cut(query, reply):
+        flags |= TC
     if reply.flags & (SET_RD | CLEAR_RD):
         flags = flags | RD if reply.flags & SET_RD else flags & ~RD
     names = _FLAGS_SEEN.get(flags)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from kdns.dns import types as t
-from kdns.dns.message import Query, Reply, failure
+from kdns.dns.message import Query, Reply, failure, render_reply
 from kdns.dns.name import render_name
 from kdns.metrics import Metrics
 from kdns.plugins.chain import Pending, Result, Router
@@ -88,6 +88,7 @@ class Exchange:
     def _carry(self, query: Query | None, pending: Pending, done: Done) -> None:
         timer: asyncio.TimerHandle | None = None
         expired = False
+        said = False
 
         def expire() -> None:
             nonlocal expired
@@ -96,6 +97,8 @@ class Exchange:
             self._go_on(query, pending.expire, done)
 
         def arrived(reply: Reply) -> None:
+            nonlocal said
+            said = True
             if timer is not None:
                 timer.cancel()
             if expired:
@@ -106,7 +109,13 @@ class Exchange:
 
         if pending.timeout is not None and pending.expire is not None:
             timer = asyncio.get_running_loop().call_later(pending.timeout, expire)
-        self.upstreams.send(pending.forward, arrived)
+        try:
+            self.upstreams.send(pending.forward, arrived)
+        except Exception:
+            reply = self._panic(query)
+            if not said:
+                # Resumed, what was counted on the way down is settled on the way up.
+                arrived(reply if isinstance(reply, Reply) else failure(t.SERVFAIL))
 
     def _go_on(self, query: Query | None, call: Callable[[], Result], done: Done) -> None:
         try:
@@ -118,8 +127,18 @@ class Exchange:
         else:
             done(result)
 
-    def _panic(self, query: Query | None) -> Reply | Drop:
+    def render_panic(self, query: Query) -> bytes:
+        """Return the octets to send where a reply could not be rendered; called while its
+        exception is handled."""
+        self._panic(query)
+        return render_reply(query, failure(t.SERVFAIL))
+
+    def panic(self, asked: str) -> None:
+        """Count and log a bug that was met while answering; called while it is handled."""
         self._panics.add()
-        asked = f"{render_name(query.name)} {t.type_name(query.qtype)}" if query else "a refresh"
         log.exception("a bug in kdns while answering %s; please report it", asked)
+
+    def _panic(self, query: Query | None) -> Reply | Drop:
+        asked = f"{render_name(query.name)} {t.type_name(query.qtype)}" if query else "a refresh"
+        self.panic(asked)
         return failure(t.SERVFAIL) if query is not None else DROP

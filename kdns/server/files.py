@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
+from typing import TypeAlias
 
 from kdns.plugins.plugin import WatchFile, WatchFolder
 
@@ -50,7 +51,12 @@ def read_folder(path: str) -> tuple[dict[str, bytes], str]:
     return found, error
 
 
-def _stamp(path: str) -> tuple[object, ...]:
+# What of a file or folder is different when its content is.
+Stamp: TypeAlias = tuple[object, ...]
+
+
+def stamp(path: str) -> Stamp:
+    """Return the stamp of a path; empty if there is nothing."""
     try:
         if os.path.isdir(path):
             return tuple(
@@ -72,15 +78,19 @@ def load(watch: WatchFile | WatchFolder) -> bool:
     return watch.load(content, error)
 
 
-async def follow(watch: WatchFile | WatchFolder, changed: Callable[[], None]) -> None:
+async def follow(
+    watch: WatchFile | WatchFolder, changed: Callable[[], None], seen: Stamp | None = None
+) -> None:
     """Hand over the content again whenever it changed, for ever. The first reading is the
-    caller's (load), so that a server has its files before it listens."""
+    caller's (load), so that a server has its files before it listens; `seen` is the stamp
+    from before that, so that no change in between is missed."""
     if watch.interval <= 0:
         return
-    seen = _stamp(watch.path)
+    if seen is None:
+        seen = stamp(watch.path)
     while True:
         await asyncio.sleep(watch.interval)
-        now = _stamp(watch.path)
+        now = stamp(watch.path)
         if now == seen:
             continue
         seen = now

@@ -28,6 +28,8 @@ log = logging.getLogger("kdns")
 
 DNS_MESSAGE = "application/dns-message"  # RFC 8484 s6
 MAX_DOH = 65535
+# Bounds of max-age, seconds, as CoreDNS: the lower one is for failures and referrals.
+MIN_FRESH, MAX_FRESH = 5, 3600
 SHUTDOWN = 0.5  # seconds that open requests get when the server stops
 
 
@@ -152,12 +154,10 @@ class DohServer(_Server):
         outcome = result if isinstance(result, (Reply, Drop)) else await future
         if isinstance(outcome, Drop):
             return web.Response(status=500, text="no answer\n")
-        # RFC 8484 s5.1: freshness no longer than the smallest TTL of the answer.
-        ttls = [rr.ttl for rr in (*outcome.answer, *outcome.authority) if rr.type != t.OPT]
         return web.Response(
             body=render_reply(query, outcome),
             content_type=DNS_MESSAGE,
-            headers={"Cache-Control": f"max-age={min(ttls, default=0)}"},
+            headers={"Cache-Control": f"max-age={freshness(outcome)}"},
         )
 
     async def _read(self, request: web.BaseRequest) -> bytes | None:
@@ -166,6 +166,8 @@ class DohServer(_Server):
             text = request.query.get("dns", "")
             if not text or len(text) > MAX_DOH:
                 raise ValueError("no 'dns' parameter")
+            if len(request.query.getall("dns")) > 1:
+                raise ValueError("more than one 'dns' parameter")
             try:
                 return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
             except (binascii.Error, ValueError):
@@ -180,3 +182,16 @@ class DohServer(_Server):
                 raise ValueError("longer than a DNS message")
             return body
         return None
+
+
+def freshness(reply: Reply) -> int:
+    """Return how many seconds a reply may be kept (RFC 8484 s5.1): its lowest TTL, as CoreDNS
+    reckons it; short for what is no answer and no denial."""
+    negative = any(rr.type == t.SOA for rr in reply.authority)
+    if reply.rcode == t.NXDOMAIN:
+        usable = not reply.answer
+    else:
+        referral = any(rr.type == t.NS for rr in reply.authority)
+        usable = reply.rcode == t.NOERROR and bool(reply.answer or negative or not referral)
+    ttls = [rr.ttl for rr in (*reply.answer, *reply.authority, *reply.additional)]
+    return min(MAX_FRESH, *ttls) if usable and ttls else MIN_FRESH

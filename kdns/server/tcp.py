@@ -74,7 +74,13 @@ class TcpServer:
         until = self._loop.time() + TURN
         turns = self._turns
         while turns and self._loop.time() < until:
-            turns.popleft().take_turn()
+            connection = turns.popleft()
+            try:
+                connection.take_turn()
+            except Exception:
+                # Turns must go on, or no connection of this listener is ever answered again.
+                self.exchange.panic("a question over TCP")
+                connection.abort()
         self._scheduled = bool(turns)
         if turns:
             self._loop.call_soon(self._take_turns)
@@ -226,7 +232,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def _answer(self, query: Query, outcome: Reply | Drop) -> None:
         if isinstance(outcome, Reply):
-            self._write(render_reply(query, outcome))
+            try:
+                wire = render_reply(query, outcome)
+            except Exception:
+                wire = self._server.exchange.render_panic(query)
+            self._write(wire)
             if outcome.stream is not None:
                 self._streams.append((query, outcome, iter(outcome.stream)))
                 self._write_streams()
@@ -239,13 +249,20 @@ class Connection(asyncio.BufferedProtocol):
         """Write zone transfers for as long as the peer reads (RFC 5936 s2.2: many messages)."""
         while self._streams and not self._blocked and self._transport is not None:
             query, first, batches = self._streams[0]
-            batch = next(batches, None)
-            if batch is None:
-                self._streams.popleft()
-                continue
-            more = Reply(first.rcode, batch, flags=first.flags)
-            more.edns = first.edns
-            self._write(render_reply(query, more))
+            try:
+                batch = next(batches, None)
+                if batch is None:
+                    self._streams.popleft()
+                    continue
+                more = Reply(first.rcode, batch, flags=first.flags)
+                more.edns = first.edns
+                wire = render_reply(query, more)
+            except Exception:
+                # Half a zone must not look like a whole one.
+                self._server.exchange.panic("a zone transfer")
+                self.abort()
+                return
+            self._write(wire)
         self._close_if_done()
 
     def _update_reading(self) -> None:

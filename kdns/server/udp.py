@@ -120,8 +120,11 @@ class UdpListener:
                 cache.repeats += 1
                 cache.busy += elapsed
                 if entry.on_repeat is not None:
-                    for call in entry.on_repeat:
-                        call(peer[:2], int.from_bytes(datagram[:2], "big"), elapsed)
+                    try:
+                        for call in entry.on_repeat:
+                            call(peer[:2], int.from_bytes(datagram[:2], "big"), elapsed)
+                    except Exception:
+                        self.exchange.panic("a repeated question")
                 return
         try:
             query = parse_query(datagram, peer[:2], "udp", now)
@@ -132,6 +135,8 @@ class UdpListener:
 
         def done(reply: Reply | Drop) -> None:
             if isinstance(reply, Reply):
+                # What it was made from may have changed while it was waited for.
+                reply.keep = 0.0
                 self._finish(key, query, reply, peer, source)
 
         result = self.exchange.answer(query, done)
@@ -139,7 +144,11 @@ class UdpListener:
             self._finish(key, query, result, peer, source)
 
     def _finish(self, key: bytes, query: Query, reply: Reply, peer: Any, source: Any) -> None:
-        wire = render_reply(query, reply)
+        try:
+            wire = render_reply(query, reply)
+        except Exception:
+            wire = self.exchange.render_panic(query)
+            reply.keep = 0.0
         self._send(wire, peer, source)
         if reply.keep > 0:
             self.cache.keep(key, wire[2:], reply, query.received)

@@ -198,7 +198,6 @@ class Group:
             text = f"concurrent queries exceeded maximum {rules.max_concurrent}"
             done(failure(t.REFUSED, text))
             return
-        self.busy += 1
         self.used = self.loop.time()
         stream = rules.force_tcp or (query.proto != "udp" and not rules.prefer_udp)
         flags = query.flags & _SENT
@@ -214,6 +213,7 @@ class Group:
             self._lone += 1
             same += self._lone.to_bytes(8, "big")
         key = (stream, same)
+        self.busy += 1
         flight = self.flights.get(key)
         if flight is not None:
             flight.waiters.append(done)
