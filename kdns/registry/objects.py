@@ -17,12 +17,6 @@ class _Part(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True, gc=
     """
 
 
-class OwnerReference(_Part, frozen=True):
-    kind: str = ""
-    name: str = ""
-    uid: str = ""
-
-
 class Meta(_Part, frozen=True):
     name: str = ""
     namespace: str = ""
