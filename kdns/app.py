@@ -251,23 +251,23 @@ class App:
             pipeline.unsubscribe(publish)
         self._feeds = [(pipeline, feed.publish) for pipeline, feed in feeds]
         self._end_unread_pipelines()
-        keep = {s.address for s in http} | {r.address for r in _routes(site)}
-        for address in [a for a in self._http if a not in keep]:
+        routes = _routes(site)
+        for address in [a for a in self._http if a not in {r.address for r in routes}]:
             await self._http.pop(address).stop()
         for server in http:
             self._http[server.address] = server
         for server in self._http.values():
-            server.routes = {r.path: r for r in reversed(_routes(site))
-                             if r.address == server.address}  # fmt: skip
+            server.routes = {r.path: r for r in routes if r.address == server.address}
 
     async def _open_http(self, site: Site) -> list[HttpServer]:
         opened: list[HttpServer] = []
-        for route in _routes(site):
+        routes = _routes(site)
+        for route in routes:
             known = {s.address for s in opened} | set(self._http)
             if route.address in known:
                 continue
             server = HttpServer(route.address, _context(*route.tls) if route.tls else None)
-            server.routes = {r.path: r for r in _routes(site) if r.address == route.address}
+            server.routes = {r.path: r for r in routes if r.address == route.address}
             try:
                 await server.start()
             except OSError as e:
