@@ -16,7 +16,7 @@ import signal
 import ssl
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kdns.dns.message import Reply
 from kdns.dns.name import BadName, parse_name
@@ -44,10 +44,7 @@ from kdns.server.http import HttpServer
 from kdns.server.listen import Listener, Place
 from kdns.server.upstream import UpstreamPool
 from kdns.site import Site, build_site, places_of, read_corefile
-
-if TYPE_CHECKING:
-    from kdns.source.kube import KubeSource
-    from kdns.source.manifests import ManifestSource
+from kdns.source.follow import follow, list_once
 
 log = logging.getLogger("kdns")
 start = logging.getLogger(START)
@@ -56,7 +53,6 @@ RESOLV_CONF = "/etc/resolv.conf"
 # File descriptors wanted: a thousand connections a listener, a thousand sockets to upstreams.
 # The soft limit of 1,024 that services start with (systemd) is for programs that use select().
 OPEN_FILES = 65536
-SOURCE_RESTART = 1.0  # seconds: a bug met at once again must not take the processor
 CLIENT_AUTH = {
     "verify_if_given": ssl.CERT_OPTIONAL,
     "require_and_verify": ssl.CERT_REQUIRED,
@@ -286,7 +282,7 @@ class App:
         if found is None:
             pipeline = Pipeline(Store(spec.kinds), self._invalidate)
             assert self._group is not None
-            task = self._group.create_task(_follow_source(spec, pipeline, self.metrics))
+            task = self._group.create_task(follow(spec, pipeline, self.metrics))
             found = self.pipelines[spec] = (pipeline, task)
         return found[0]
 
@@ -577,33 +573,6 @@ def _load_certificates(
     context.verify_mode = CLIENT_AUTH.get(client_auth, ssl.CERT_NONE)
 
 
-async def _follow_source(
-    spec: KubeSpec | ManifestSpec, pipeline: Pipeline, metrics: Metrics
-) -> None:
-    """Run the source for ever: a bug in it costs a listing anew, not the server."""
-    while True:
-        try:
-            await _source(spec, pipeline, metrics).run()
-        except Exception:
-            log.exception(
-                "a bug in kdns in the registry's source; what is known is served on, the"
-                " source starts again in %g s; please report it", SOURCE_RESTART,
-            )  # fmt: skip
-        await asyncio.sleep(SOURCE_RESTART)
-
-
-def _source(
-    spec: KubeSpec | ManifestSpec, pipeline: Pipeline, metrics: Metrics
-) -> KubeSource | ManifestSource:
-    if isinstance(spec, ManifestSpec):
-        from kdns.source.manifests import ManifestSource
-
-        return ManifestSource(spec, pipeline, metrics)
-    from kdns.source.kube import KubeSource
-
-    return KubeSource(spec, pipeline, metrics)
-
-
 async def _probe(listener: Listener, probe: Probe) -> None:
     """Put the `loop` plugin's question to a listener's own chain until it was answered."""
     deadline = time.monotonic() + probe.seconds
@@ -713,7 +682,7 @@ def dump(stage: str, conf: str | None, manifests: Sequence[str] = ()) -> Iterato
     plugin: Any = next((p for p in site.plugins() if p.word == "kubernetes"), None)
     if plugin is None:
         raise ConfigError([Problem(conf or "", 0, "no kubernetes plugin, so nothing to dump")])
-    pipeline = asyncio.run(_listed(plugin.source))
+    pipeline = asyncio.run(list_once(plugin.source))
     if stage == "snapshot":
         yield from dump_snapshot(pipeline.snapshot)
         return
@@ -722,16 +691,3 @@ def dump(stage: str, conf: str | None, manifests: Sequence[str] = ()) -> Iterato
         _, records = plugin.transfer_records(zone)
         for record in records:
             yield render_rr(record)
-
-
-async def _listed(spec: KubeSpec | ManifestSpec) -> Pipeline:
-    pipeline = Pipeline(Store(spec.kinds), lambda deps: None)
-    task = asyncio.ensure_future(_follow_source(spec, pipeline, Metrics()))
-    try:
-        async with asyncio.timeout(30):
-            await pipeline.synced.wait()
-    except TimeoutError:
-        raise ConfigError([Problem("", 0, "the registry was not listed in 30 s")]) from None
-    finally:
-        task.cancel()
-    return pipeline

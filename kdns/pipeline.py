@@ -13,6 +13,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kdns.errors import SourceError
@@ -32,16 +33,38 @@ MAX_SAID = 100  # failures remembered as said; an API server has some ten ways t
 _NUMBERS = re.compile(r"\d+(\.\d+)?")
 
 
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What goes on while the source fails: after it was listed once, and before."""
+
+    prefix: str
+    synced: str
+    unsynced: str
+
+
+DNS_WORDS = Words(
+    "plugin/kubernetes: ",
+    "serving what is known",
+    "cluster names get SERVFAIL until it is listed",
+)
+
+
 class Pipeline:
     """The registry of one source and those who read it.
 
     invalidate -- told the deps of answers that are no longer true (None: all)
     clock      -- monotonic seconds
+    words      -- how the operator is told of a source that fails
     """
 
     def __init__(
-        self, store: Store, invalidate: Invalidate, clock: Callable[[], float] = time.monotonic
+        self,
+        store: Store,
+        invalidate: Invalidate,
+        clock: Callable[[], float] = time.monotonic,
+        words: Words = DNS_WORDS,
     ) -> None:
+        self._words = words
         self.store = store
         self.invalidate = invalidate
         self.snapshot = Snapshot()
@@ -98,7 +121,7 @@ class Pipeline:
             self._failing.discard(what)
             if not self._failing and self._told:
                 self._told = False
-                log.info("plugin/kubernetes: the registry is up to date again")
+                log.info("%sthe registry is up to date again", self._words.prefix)
 
     def failed(self, what: str, error: SourceError, retry_in: float) -> None:
         """Say it once per way to fail, not once per kind and try; the source goes on."""
@@ -116,10 +139,9 @@ class Pipeline:
         self._said[key] = now
         self._told = True
         log.warning(
-            "plugin/kubernetes: %s: %s; %s, trying again in %.1f s",
-            type(error).__name__.lower(), text,
-            "serving what is known" if self.snapshot.synced
-            else "cluster names get SERVFAIL until it is listed", retry_in,
+            "%s%s: %s; %s, trying again in %.1f s",
+            self._words.prefix, type(error).__name__.lower(), text,
+            self._words.synced if self.snapshot.synced else self._words.unsynced, retry_in,
         )  # fmt: skip
 
     # --- publishing -----------------------------------------------------------------------

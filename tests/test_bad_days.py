@@ -653,7 +653,7 @@ async def test_one_kind_that_is_forbidden_makes_all_of_it_old(said: Said) -> Non
 async def test_a_bug_in_the_source_costs_a_listing_and_not_the_server(
     monkeypatch: pytest.MonkeyPatch, said: Said, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("kdns.app.SOURCE_RESTART", 0.01)
+    monkeypatch.setattr("kdns.source.follow.RESTART", 0.01)
     async with cluster(WEB) as (api, kdns):
         assert await steadily(kdns, "web") == "10.96.0.50"
         original, left = kube.KubeSource._tell, [3]

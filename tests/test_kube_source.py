@@ -171,6 +171,33 @@ async def test_pods_that_have_ended_are_not_asked_for() -> None:
             assert "done" not in registry.snapshot.pods.get("default", {})
 
 
+async def test_a_proxy_asks_for_its_node_and_for_nothing_it_does_not_forward() -> None:
+    async with ApiReplay() as api:
+        api.load(golden())
+        await api.put(
+            {
+                "kind": "Service",
+                "metadata": {
+                    "name": "meshed",
+                    "namespace": "default",
+                    "labels": {"service.kubernetes.io/service-proxy-name": "mesh"},
+                },
+                "spec": {"clusterIP": "10.96.7.7", "ports": [{"port": 80}]},
+            }
+        )
+        async with following(KubeSpec(api.url, node="node1", only_forwarded=True)) as registry:
+            await registry.until(lambda: registry.snapshot.synced)
+            snapshot = registry.snapshot
+            assert {a.resource for a in api.asked} == {"services", "endpointslices", "nodes"}
+            assert list(snapshot.nodes) == ["node1"]
+            labels = snapshot.nodes["node1"].metadata.labels
+            assert labels == {"topology.kubernetes.io/zone": "z-a"}
+            found = [s for names in snapshot.services.values() for s in names.values()]
+            assert len(found) > 10
+            assert [s.metadata.name for s in found if s.spec.cluster_ip == "None"] == []
+            assert registry.service("meshed") is None
+
+
 async def test_a_long_list_comes_in_pages() -> None:
     async with ApiReplay(watch_list="refused") as api:
         for n in range(1201):

@@ -243,6 +243,56 @@ PODS = """
 """
 
 
+def test_ports_on_nodes_are_given_where_the_manifest_leaves_them_out() -> None:
+    text = """
+        kind: Service
+        apiVersion: v1
+        metadata: {name: np}
+        spec: {type: NodePort, ports: [{name: a, port: 80, nodePort: 30080}, {name: b, port: 81}]}
+        ---
+        kind: Service
+        apiVersion: v1
+        metadata: {name: lb}
+        spec: {type: LoadBalancer, externalTrafficPolicy: Local, ports: [{port: 80}]}
+        ---
+        kind: Service
+        apiVersion: v1
+        metadata: {name: plain}
+        spec: {ports: [{port: 80}]}
+    """
+    found = compiled(text)
+    spec = {name: service(found, name).spec for name in ("np", "lb", "plain")}
+    ports = {name: [p.node_port for p in one.ports or ()] for name, one in spec.items()}
+    assert ports["np"][0] == 30080 and ports["plain"] == [0]
+    given = [ports["np"][1], ports["lb"][0], spec["lb"].health_check_node_port]
+    assert len({*given, 30080}) == 4 and all(30000 <= port <= 32767 for port in given)
+    assert spec["np"].health_check_node_port == 0
+    assert compiled(text).services == found.services  # and the same ones the next time
+
+
+def test_a_node_is_taken_as_it_is_and_its_zone_is_that_of_its_pods() -> None:
+    found = compiled("""
+        apiVersion: v1
+        kind: Node
+        metadata: {name: n1, labels: {topology.kubernetes.io/zone: z-a}}
+        status: {addresses: [{type: InternalIP, address: 192.0.2.1}]}
+        ---
+        apiVersion: v1
+        kind: Pod
+        metadata: {name: p, labels: {app: web}}
+        spec: {nodeName: n1}
+        ---
+        apiVersion: v1
+        kind: Service
+        metadata: {name: web}
+        spec: {selector: {app: web}, ports: [{port: 80}]}
+    """)
+    (node,) = found.nodes
+    assert node.metadata.name == "n1" and node.status.addresses is not None
+    (endpoint,) = [e for one in slices(found, "web") for e in one.endpoints or ()]
+    assert (endpoint.node_name, endpoint.topology_zone) == ("n1", "z-a")
+
+
 def test_pods_are_taken_as_they_are() -> None:
     found = compiled(PODS)
     assert not found.errors

@@ -21,10 +21,13 @@ from kdns.registry.objects import (
     SOURCE_CLUSTER_LABEL,
     Conditions,
     EndpointSlice,
+    Ingress,
     Key,
     Kind,
+    LoadBalancerStatus,
     Meta,
     Namespace,
+    Node,
     Object,
     Pod,
     PodStatus,
@@ -33,6 +36,7 @@ from kdns.registry.objects import (
     ServiceImportSpec,
     ServicePort,
     ServiceSpec,
+    ServiceStatus,
     SliceEndpoint,
     SlicePort,
     TargetRef,
@@ -244,6 +248,32 @@ def test_a_pod_that_is_being_deleted_keeps_its_record_until_it_is_gone() -> None
     assert store.publish(200) is None
     store.apply(POD, "DELETED", leaving)
     assert publish(store)[0].pods == {}
+
+
+def test_a_node_is_told_of_by_name_and_leaves_the_serial_alone() -> None:
+    store = filled(service())
+    node = Node(Meta("node1", labels={"topology.kubernetes.io/zone": "a"}))
+    store.apply("Node", "ADDED", node)
+    snapshot, changes = publish(store)
+    assert dict(snapshot.nodes) == {"node1": node} and set(changes.nodes) == {"node1"}
+    assert snapshot.changed_at == 100
+    # A kubelet reports every few seconds; nothing we read of it has changed.
+    again = msgspec.structs.replace(node, metadata=Meta("node1", "", "", "9", node.metadata.labels))
+    store.apply("Node", "MODIFIED", again)
+    assert store.publish(201) is None
+    store.apply("Node", "DELETED", node)
+    snapshot, changes = publish(store)
+    assert not snapshot.nodes and set(changes.nodes) == {"node1"}
+
+
+def test_a_load_balancers_address_is_news_though_the_spec_stays() -> None:
+    store = filled(service())
+    status = ServiceStatus(LoadBalancerStatus([Ingress("192.0.2.1")]))
+    store.apply(SERVICE, "MODIFIED", msgspec.structs.replace(service(), status=status))
+    snapshot, changes = publish(store)
+    assert set(changes.services) == {("default", "web")}
+    assert snapshot.services["default"]["web"].status == status
+    assert snapshot.changed_at == 100  # no record says it
 
 
 def test_a_published_snapshot_never_changes_and_shares_what_did_not() -> None:

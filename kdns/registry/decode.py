@@ -21,6 +21,7 @@ from kdns.errors import Denied, Expired, ObjectError, SourceError, Unreachable
 from kdns.registry.objects import (
     ENDPOINT_SLICE,
     NAMESPACE,
+    NODE,
     POD,
     SERVICE,
     SERVICE_IMPORT,
@@ -30,6 +31,7 @@ from kdns.registry.objects import (
     Kind,
     Meta,
     Namespace,
+    Node,
     Object,
     Pod,
     Service,
@@ -43,6 +45,7 @@ STRUCTS: Final[Mapping[Kind, type[Object]]] = {
     NAMESPACE: Namespace,
     POD: Pod,
     SERVICE_IMPORT: ServiceImport,
+    NODE: Node,
 }
 # Annotations are read for little and hold much (last-applied-configuration alone doubles
 # an object): all others are let go.
@@ -317,7 +320,7 @@ def check(kind: Kind, obj: Object) -> None:
     _drop_annotations(meta)
     if not meta.name:
         raise ObjectError(kind, _key_text(meta), "metadata.name", "is empty")
-    if kind != NAMESPACE:
+    if kind not in (NAMESPACE, NODE):
         _check_label(kind, meta, "metadata.namespace", meta.namespace)
     if kind in (NAMESPACE, SERVICE, SERVICE_IMPORT):
         _check_label(kind, meta, "metadata.name", meta.name)

@@ -22,15 +22,18 @@ from kdns.registry.decode import check, convert, key_text_of, without_nulls
 from kdns.registry.objects import (
     ENDPOINT_SLICE,
     NAMESPACE,
+    NODE,
     POD,
     SERVICE,
     SERVICE_IMPORT,
     SERVICE_NAME_LABEL,
+    ZONE_LABEL,
     Conditions,
     EndpointSlice,
     Key,
     Meta,
     Namespace,
+    Node,
     Pod,
     PodIP,
     PodStatus,
@@ -56,13 +59,14 @@ Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 ALWAYS = ("default", "kube-node-lease", "kube-public", "kube-system")
 NAME_LABEL = "kubernetes.io/metadata.name"  # the API server puts it on every Namespace
-ZONE_LABEL = "topology.kubernetes.io/zone"
 MANAGED_BY = "endpointslice.kubernetes.io/managed-by"
 # Addresses a cluster gives these Services by convention (kubeadm): first and tenth.
 WELL_KNOWN: Final[Mapping[Key, int]] = {
     ("default", "kubernetes"): 1,
     ("kube-system", "kube-dns"): 10,
 }
+# kube-apiserver --service-node-port-range.
+NODE_PORTS = range(30000, 32768)
 MAX_PODS = 5000  # of one workload: a slip of the finger must not fill the memory
 MAX_SLICE = 100  # endpoints, as the EndpointSlice controller
 MAX_PROBES = 1 << 16  # addresses tried before a CIDR counts as full
@@ -87,6 +91,7 @@ class Compiled:
     namespaces: list[Namespace] = field(default_factory=list)
     pods: list[Pod] = field(default_factory=list)
     imports: list[ServiceImport] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
     errors: list[tuple[str, ObjectError]] = field(default_factory=list)
 
 
@@ -213,8 +218,7 @@ class _Reading:
         self.namespaces: dict[Key, tuple[str, Namespace]] = {}
         self.pods: dict[Key, tuple[str, FullPod]] = {}
         self.workloads: dict[tuple[str, Key], tuple[str, Workload]] = {}
-        self.zones: dict[str, str] = {}  # Node -> topology zone
-        self.nodes = 0
+        self.nodes: dict[Key, tuple[str, Node]] = {}
         self.errors: list[tuple[str, ObjectError]] = []
 
     def read(self, where: str, value: Any, depth: int = 0) -> None:
@@ -302,11 +306,12 @@ class _Reading:
         self._once(self.workloads, workload.kind, key, (where, workload))
 
     def read_node(self, where: str, value: dict[str, Any]) -> None:
-        meta = msgspec.convert(value.get("metadata", {}), OwnedMeta)
-        self.nodes += 1
-        zone = (meta.labels or {}).get(ZONE_LABEL)
-        if zone:
-            self.zones[meta.name] = zone
+        node = convert(NODE, value)
+        assert isinstance(node, Node)
+        node = msgspec.structs.replace(
+            node, metadata=msgspec.structs.replace(node.metadata, namespace="")
+        )
+        self._once(self.nodes, NODE, key_of(node), (where, node))
 
     def _once(self, table: dict[Any, Any], kind: str, key: Any, entry: tuple[Any, ...]) -> None:
         earlier = table.get(key)
@@ -437,10 +442,11 @@ def compile_manifests(documents: Iterable[Document], spec: ManifestSpec) -> Comp
     having = {_service_key(one) for one in slices}
     slices += _mirrored(reading, having, out)
     labelled = _by_label(pods)
+    zones = _zones(reading)
     for service in services:
         key = key_of(service)
         if key not in having and key not in reading.endpoints:
-            slices += _selected(service, labelled, reading.zones)
+            slices += _selected(service, labelled, zones)
     wanted = parse_selector(spec.label_selector)
     out.services = [s for s in services if wanted.matches(s.metadata.labels or {})]
     out.slices = [s for s in slices if wanted.matches(s.metadata.labels or {})]
@@ -448,6 +454,7 @@ def compile_manifests(documents: Iterable[Document], spec: ManifestSpec) -> Comp
     # `labels` is not for ServiceImports (CoreDNS), nor are addresses given to them: that is
     # done by another program in each cluster set.
     out.imports = [one for _, one in reading.imports.values()]
+    out.nodes = [one for _, one in reading.nodes.values()]
     declared = {name: one for (_, name), (_, one) in reading.namespaces.items()}
     tables = (
         reading.services,
@@ -482,7 +489,48 @@ def _with_addresses(reading: _Reading, spec: ManifestSpec, out: Compiled) -> lis
             services.append(_with_cluster_ips(key, service, families, pools))
         except ObjectError as e:
             out.errors.append((where, e))
-    return services
+    taken = {port.node_port for s in services for port in s.spec.ports or ()}
+    taken |= {s.spec.health_check_node_port for s in services}
+    return [_with_node_ports(service, taken) for service in services]
+
+
+def _with_node_ports(service: Service, taken: set[int]) -> Service:
+    """Return a NodePort or LoadBalancer Service with the ports on nodes it lacks."""
+    spec = service.spec
+    if spec.type not in ("NodePort", "LoadBalancer"):
+        return service
+    name = "/".join(key_of(service))
+    ports = [
+        port
+        if port.node_port
+        else msgspec.structs.replace(
+            port, node_port=_give_port(f"{name}:{port.port}/{port.protocol}", taken)
+        )
+        for port in spec.ports or ()
+    ]
+    check_port = spec.health_check_node_port
+    if spec.type == "LoadBalancer" and spec.external_traffic_policy == "Local" and not check_port:
+        check_port = _give_port(f"{name} health check", taken)
+    full = msgspec.structs.replace(spec, ports=ports, health_check_node_port=check_port)
+    return msgspec.structs.replace(service, spec=full)
+
+
+def _give_port(name: str, taken: set[int]) -> int:
+    """Return a free port, the same one for the same name as long as it is free; 0 if there is
+    none left."""
+    start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    for i in range(len(NODE_PORTS)):
+        port = NODE_PORTS[(start + i) % len(NODE_PORTS)]
+        if port not in taken:
+            taken.add(port)
+            return port
+    return 0
+
+
+def _zones(reading: _Reading) -> dict[str, str]:
+    """Return Node -> topology zone, of those that have one."""
+    labels = {name: node.metadata.labels or {} for (_, name), (_, node) in reading.nodes.items()}
+    return {name: of[ZONE_LABEL] for name, of in labels.items() if of.get(ZONE_LABEL)}
 
 
 def _given_ips(spec: ServiceSpec) -> list[str]:
@@ -546,7 +594,7 @@ def _pods(reading: _Reading, spec: ManifestSpec, out: Compiled) -> list[RunningP
     for where, workload in reading.workloads.values():
         try:
             if not _has_its_pods(workload, reading, owned):
-                for name, pod in _pods_of(workload, reading.nodes):
+                for name, pod in _pods_of(workload, len(reading.nodes)):
                     wanted.setdefault((workload.metadata.namespace, name), (where, pod))
         except BadSelector as e:
             key = f"{workload.metadata.namespace}/{workload.metadata.name}"

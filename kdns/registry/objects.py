@@ -36,6 +36,14 @@ class ServicePort(_Part, frozen=True):
     app_protocol: str = ""
 
 
+class ClientIPConfig(_Part, frozen=True):
+    timeout_seconds: int | None = None
+
+
+class SessionAffinityConfig(_Part, frozen=True):
+    client_ip: ClientIPConfig | None = msgspec.field(default=None, name="clientIP")
+
+
 class ServiceSpec(_Part, frozen=True):
     type: str = "ClusterIP"
     cluster_ip: str = msgspec.field(default="", name="clusterIP")
@@ -46,11 +54,35 @@ class ServiceSpec(_Part, frozen=True):
     ip_families: list[str] | None = None
     publish_not_ready_addresses: bool = False
     external_ips: list[str] | None = msgspec.field(default=None, name="externalIPs")
+    session_affinity: str = "None"  # or ClientIP
+    session_affinity_config: SessionAffinityConfig | None = None
+    internal_traffic_policy: str = "Cluster"  # or Local
+    external_traffic_policy: str = "Cluster"
+    health_check_node_port: int = 0
+    load_balancer_source_ranges: list[str] | None = None
+
+
+class Ingress(_Part, frozen=True):
+    """A load balancer's entry. ip_mode -- VIP (also where nothing is said) or Proxy: the
+    load balancer sends to the node itself, so the node must not take its address."""
+
+    ip: str = ""
+    hostname: str = ""
+    ip_mode: str = "VIP"
+
+
+class LoadBalancerStatus(_Part, frozen=True):
+    ingress: list[Ingress] | None = None
+
+
+class ServiceStatus(_Part, frozen=True):
+    load_balancer: LoadBalancerStatus = LoadBalancerStatus()
 
 
 class Service(_Part, frozen=True):
     metadata: Meta
     spec: ServiceSpec = ServiceSpec()
+    status: ServiceStatus = ServiceStatus()
 
 
 class Conditions(_Part, frozen=True):
@@ -65,6 +97,19 @@ class TargetRef(_Part, frozen=True):
     namespace: str = ""
 
 
+class Hint(_Part, frozen=True):
+    """The name of a zone or of a node."""
+
+    name: str = ""
+
+
+class Hints(_Part, frozen=True):
+    """Whose clients an endpoint is meant for (KEP-2433, KEP-3015)."""
+
+    for_zones: list[Hint] | None = None
+    for_nodes: list[Hint] | None = None
+
+
 class SliceEndpoint(_Part, frozen=True):
     addresses: list[str] = []
     conditions: Conditions = Conditions()
@@ -72,6 +117,7 @@ class SliceEndpoint(_Part, frozen=True):
     node_name: str | None = None
     target_ref: TargetRef | None = None
     topology_zone: str | None = msgspec.field(default=None, name="zone")
+    hints: Hints | None = None
 
 
 class SlicePort(_Part, frozen=True):
@@ -106,6 +152,30 @@ class Pod(_Part, frozen=True):
     status: PodStatus = PodStatus()
 
 
+class Taint(_Part, frozen=True):
+    key: str = ""
+
+
+class NodeSpec(_Part, frozen=True):
+    pod_cidrs: list[str] | None = msgspec.field(default=None, name="podCIDRs")
+    taints: list[Taint] | None = None
+
+
+class NodeAddress(_Part, frozen=True):
+    type: str = ""  # InternalIP, ExternalIP, Hostname, ...
+    address: str = ""
+
+
+class NodeStatus(_Part, frozen=True):
+    addresses: list[NodeAddress] | None = None
+
+
+class Node(_Part, frozen=True):
+    metadata: Meta
+    spec: NodeSpec = NodeSpec()
+    status: NodeStatus = NodeStatus()
+
+
 class ServiceImportSpec(_Part, frozen=True):
     type: str = "ClusterSetIP"
     ips: list[str] | None = None
@@ -123,17 +193,22 @@ SERVICE_NAME_LABEL = "kubernetes.io/service-name"  # KEP-752: slice -> service
 # KEP-1645: slice -> ServiceImport, and the cluster its endpoints are in.
 IMPORT_NAME_LABEL = "multicluster.kubernetes.io/service-name"
 SOURCE_CLUSTER_LABEL = "multicluster.kubernetes.io/source-cluster"
+# Service or slice -> who forwards in kube-proxy's place; whatever the value, we do not.
+PROXY_NAME_LABEL = "service.kubernetes.io/service-proxy-name"
+HEADLESS_LABEL = "service.kubernetes.io/headless"  # slice of a Service without ClusterIP
+ZONE_LABEL = "topology.kubernetes.io/zone"  # of a Node
 
 # Kinds the registry holds, by Kubernetes' own words.
-Kind: TypeAlias = Literal["Service", "EndpointSlice", "Namespace", "Pod", "ServiceImport"]
-Object: TypeAlias = Service | EndpointSlice | Namespace | Pod | ServiceImport
-Key: TypeAlias = tuple[str, str]  # namespace ("" for a Namespace), name
+Kind: TypeAlias = Literal["Service", "EndpointSlice", "Namespace", "Pod", "ServiceImport", "Node"]
+Object: TypeAlias = Service | EndpointSlice | Namespace | Pod | ServiceImport | Node
+Key: TypeAlias = tuple[str, str]  # namespace ("" for a Namespace or a Node), name
 
 SERVICE: Final = "Service"
 ENDPOINT_SLICE: Final = "EndpointSlice"
 NAMESPACE: Final = "Namespace"
 POD: Final = "Pod"
 SERVICE_IMPORT: Final = "ServiceImport"
+NODE: Final = "Node"
 
 
 def key_of(obj: Object) -> Key:

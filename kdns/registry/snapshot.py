@@ -13,6 +13,7 @@ from kdns.registry.objects import (
     SOURCE_CLUSTER_LABEL,
     EndpointSlice,
     Namespace,
+    Node,
     Pod,
     Service,
     ServiceImport,
@@ -33,6 +34,7 @@ class Snapshot:
     imports    -- namespace -> name -> ServiceImport; empty unless they were asked for
     import_slices -- as slices, of ServiceImports
     imports_changed_at -- as changed_at, for multicluster zones
+    nodes      -- name -> Node; empty unless they were asked for
     """
 
     revision: int = 0
@@ -47,6 +49,7 @@ class Snapshot:
         default_factory=dict
     )
     imports_changed_at: int = 0
+    nodes: Mapping[str, Node] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +66,17 @@ class Changes:
     pods: frozenset[tuple[str, str]] = frozenset()
     synced: bool = False
     imports: frozenset[tuple[str, str]] = frozenset()
+    nodes: frozenset[str] = frozenset()
 
     def __bool__(self) -> bool:
-        return bool(self.services or self.namespaces or self.pods or self.imports or self.synced)
+        return bool(
+            self.services
+            or self.namespaces
+            or self.pods
+            or self.imports
+            or self.nodes
+            or self.synced
+        )
 
 
 def everything(snapshot: Snapshot) -> Changes:
@@ -76,6 +87,7 @@ def everything(snapshot: Snapshot) -> Changes:
         pods=_keys(snapshot.pods),
         synced=snapshot.synced,
         imports=_keys(snapshot.imports, snapshot.import_slices),
+        nodes=frozenset(snapshot.nodes),
     )
 
 
@@ -93,6 +105,9 @@ def dump_snapshot(snapshot: Snapshot) -> Iterator[str]:
     yield f"revision {snapshot.revision} synced {str(snapshot.synced).lower()}"
     for name in sorted(snapshot.namespaces):
         yield f"Namespace {name}"
+    for name, node in sorted(snapshot.nodes.items()):
+        ips = ",".join(x.address for x in node.status.addresses or () if x.type == "InternalIP")
+        yield f"Node {name} {ips or '-'}"
     for namespace, services in sorted(snapshot.services.items()):
         for name, service in sorted(services.items()):
             spec = service.spec

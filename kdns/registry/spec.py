@@ -8,7 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kdns.registry.objects import ENDPOINT_SLICE, NAMESPACE, POD, SERVICE, SERVICE_IMPORT, Kind
+from kdns.registry.objects import (
+    ENDPOINT_SLICE,
+    NAMESPACE,
+    NODE,
+    POD,
+    SERVICE,
+    SERVICE_IMPORT,
+    Kind,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +27,9 @@ class KubeSpec:
     tls            -- (certificate file, key file, CA file) for `endpoint`; empty ones unused
     kubeconfig     -- file; context: which of its contexts, empty: the current one
     label_selector -- for Services, EndpointSlices and Pods (reference 1.12 `labels`)
+    node           -- watch the Node of this name, and no other; empty: none
+    only_forwarded -- leave out what kube-proxy does: headless Services and those of another
+                      proxy, with their slices, and Namespaces
     """
 
     kind: ClassVar[str] = "kubernetes"  # the `source` label of metrics
@@ -30,15 +41,19 @@ class KubeSpec:
     want_endpoints: bool = True
     want_pods: bool = False
     want_imports: bool = False
+    node: str = ""
+    only_forwarded: bool = False
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """What is watched (reference 1.11: synced once each was listed)."""
-        kinds: tuple[Kind, ...] = (SERVICE, NAMESPACE)
+        kinds: tuple[Kind, ...] = (SERVICE,) if self.only_forwarded else (SERVICE, NAMESPACE)
         if self.want_endpoints or self.want_imports:
             kinds += (ENDPOINT_SLICE,)
         if self.want_pods:
             kinds += (POD,)
+        if self.node:
+            kinds += (NODE,)
         return (*kinds, SERVICE_IMPORT) if self.want_imports else kinds
 
 
@@ -58,10 +73,10 @@ class ManifestSpec:
     service_cidr: str = "10.96.0.0/12"
     pod_cidr: str = "10.244.0.0/16"
     service_cidr_v6: str = "fd00:10:96::/112"
-    pod_cidr_v6: str = "fd00:10:244::/64"
+    pod_cidr_v6: str = "fd00:10:244::/56"
     interval: float = 1.0
     label_selector: str = ""
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        return (SERVICE, NAMESPACE, ENDPOINT_SLICE, POD, SERVICE_IMPORT)
+        return (SERVICE, NAMESPACE, ENDPOINT_SLICE, POD, SERVICE_IMPORT, NODE)

@@ -21,6 +21,7 @@ from kdns.registry.objects import (
     Kind,
     Meta,
     Namespace,
+    Node,
     Object,
     Pod,
     Service,
@@ -128,11 +129,13 @@ class Store:
         self._pods: Shelf[Pod] = Shelf()
         self._namespaces: Shelf[Namespace] = Shelf()
         self._imports: Shelf[ServiceImport] = Shelf()
+        self._nodes: Shelf[Node] = Shelf()
         self._import_slices = Slices(IMPORT_NAME_LABEL)
         self._changed_services: set[Key] = set()
         self._changed_namespaces: set[str] = set()
         self._changed_pods: set[Key] = set()
         self._changed_imports: set[Key] = set()
+        self._changed_nodes: set[str] = set()
         self._bump = False
         self._bump_imports = False
         self._synced_told = False
@@ -183,6 +186,7 @@ class Store:
             frozenset(self._changed_pods),
             resynced,
             frozenset(self._changed_imports | self._import_slices.changed),
+            frozenset(self._changed_nodes),
         )
         if not changes:
             return None
@@ -198,11 +202,13 @@ class Store:
             imports=self._imports.publish(),
             import_slices=self._import_slices.publish(),
             imports_changed_at=now if self._bump_imports else last.imports_changed_at,
+            nodes=self._nodes.publish().get("", {}),
         )
         self._changed_services.clear()
         self._changed_namespaces.clear()
         self._changed_pods.clear()
         self._changed_imports.clear()
+        self._changed_nodes.clear()
         self._bump = self._bump_imports = False
         self._synced_told = self.synced
         return self._last, changes
@@ -235,6 +241,9 @@ class Store:
             case Pod():
                 self._pods.put(key, obj)
                 self._changed_pods.add(key)
+            case Node():
+                self._nodes.put(key, obj)
+                self._changed_nodes.add(key[1])
 
     def _remove(self, kind: Kind, key: Key) -> None:
         old = self._objects.get(kind, {}).pop(key, None)
@@ -257,6 +266,9 @@ class Store:
             case Pod():
                 self._pods.remove(key)
                 self._changed_pods.add(key)
+            case Node():
+                self._nodes.remove(key)
+                self._changed_nodes.add(key[1])
 
     def _note_bump(self, old: Object | None, new: Object | None) -> None:
         self._bump = self._bump or bumps_serial(old, new)
@@ -274,7 +286,7 @@ def same(a: Object, b: Object) -> bool:
         return False
     match a, b:
         case Service(), Service():
-            return a.spec == b.spec
+            return a.spec == b.spec and a.status == b.status
         case ServiceImport(), ServiceImport():
             return a.spec == b.spec
         case EndpointSlice(), EndpointSlice():
@@ -287,6 +299,8 @@ def same(a: Object, b: Object) -> bool:
             return a.status == b.status
         case Namespace(), Namespace():
             return True
+        case Node(), Node():
+            return a.spec == b.spec and a.status == b.status
     return False
 
 
@@ -303,9 +317,9 @@ def bumps_serial(old: Object | None, new: Object | None) -> bool:
     """Decide whether a new, changed or deleted object changes the SOA serial (reference 1.9,
     1.19).
 
-    Namespaces never do, nor does a clusterIP that changes by update.
+    Namespaces and Nodes never do, nor does a clusterIP that changes by update.
     """
-    if isinstance(new or old, (Namespace, ServiceImport)):
+    if isinstance(new or old, (Namespace, Node, ServiceImport)):
         return False
     match old, new:
         case Service(), Service():

@@ -28,9 +28,12 @@ from kdns.errors import Denied, Expired, SourceError, Unreachable
 from kdns.metrics import Metrics
 from kdns.registry.objects import (
     ENDPOINT_SLICE,
+    HEADLESS_LABEL,
     IMPORT_NAME_LABEL,
     NAMESPACE,
+    NODE,
     POD,
+    PROXY_NAME_LABEL,
     SERVICE,
     SERVICE_IMPORT,
     Kind,
@@ -55,7 +58,11 @@ PATHS: Final[dict[Kind, str]] = {
     POD: "/api/v1/pods",
     ENDPOINT_SLICE: "/apis/discovery.k8s.io/v1/endpointslices",
     SERVICE_IMPORT: "/apis/multicluster.x-k8s.io/v1alpha1/serviceimports",
+    NODE: "/api/v1/nodes",
 }
+# What forwarding passes over need not be sent to us (reference kube-proxy 1.1).
+FORWARDED_LABELS = f"!{PROXY_NAME_LABEL},!{HEADLESS_LABEL}"
+NOT_HEADLESS = "spec.clusterIP!=None"
 # Pods that have ended have no name (reference 1.6).
 LIVE_PODS = "status.phase!=Succeeded,status.phase!=Failed,status.phase!=Unknown"
 
@@ -123,14 +130,20 @@ class KubeSource:
         selectors = []
         labels = []
         # CoreDNS: `labels` is not for ServiceImports, but for their slices.
-        if kind not in (NAMESPACE, SERVICE_IMPORT) and self._spec.label_selector:
+        if kind not in (NAMESPACE, SERVICE_IMPORT, NODE) and self._spec.label_selector:
             labels.append(self._spec.label_selector)
+        if self._spec.only_forwarded and kind in (SERVICE, ENDPOINT_SLICE):
+            labels.append(FORWARDED_LABELS)
         if kind == ENDPOINT_SLICE and not self._spec.want_endpoints:
             labels.append(IMPORT_NAME_LABEL)  # only those that have it
         if labels:
             selectors.append(("labelSelector", ",".join(labels)))
         if kind == POD:
             selectors.append(("fieldSelector", LIVE_PODS))
+        elif kind == NODE:
+            selectors.append(("fieldSelector", f"metadata.name={self._spec.node}"))
+        elif kind == SERVICE and self._spec.only_forwarded:
+            selectors.append(("fieldSelector", NOT_HEADLESS))
         return selectors
 
     async def _exchange(

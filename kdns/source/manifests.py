@@ -19,7 +19,7 @@ import yaml
 from kdns.errors import Unreachable
 from kdns.metrics import Metrics
 from kdns.registry.manifests import Compiled, Document, compile_manifests
-from kdns.registry.objects import ENDPOINT_SLICE, NAMESPACE, POD, SERVICE, SERVICE_IMPORT
+from kdns.registry.objects import ENDPOINT_SLICE, NAMESPACE, NODE, POD, SERVICE, SERVICE_IMPORT
 from kdns.registry.spec import ManifestSpec
 from kdns.source.sink import Sink, Tally, log
 
@@ -100,6 +100,7 @@ class ManifestSource:
             sink.replace(NAMESPACE, compiled.namespaces)
             sink.replace(POD, compiled.pods)
             sink.replace(ENDPOINT_SLICE, compiled.slices)
+            sink.replace(NODE, compiled.nodes)
             sink.replace(SERVICE, compiled.services)
             sink.replace(SERVICE_IMPORT, compiled.imports)
             self._told = True

@@ -1,0 +1,65 @@
+"""Runs a registry's source, whichever kind its spec names, for as long as anybody wants it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from kdns.errors import ConfigError, Problem
+from kdns.metrics import Metrics
+from kdns.pipeline import Pipeline
+from kdns.registry.spec import KubeSpec, ManifestSpec
+from kdns.registry.store import Store
+from kdns.source.sink import Sink
+
+if TYPE_CHECKING:
+    from kdns.source.kube import KubeSource
+    from kdns.source.manifests import ManifestSource
+
+log = logging.getLogger("kdns")
+
+RESTART = 1.0  # seconds: a bug met at once again must not take the processor
+LISTING = 30.0  # seconds that listing once may take
+
+
+async def follow(spec: KubeSpec | ManifestSpec, sink: Sink, metrics: Metrics) -> None:
+    """Run the source for ever: a bug in it costs a listing anew, not the program."""
+    while True:
+        try:
+            await _source(spec, sink, metrics).run()
+        except Exception:
+            log.exception(
+                "a bug in kdns in the registry's source; what is known is kept, the"
+                " source starts again in %g s; please report it", RESTART,
+            )  # fmt: skip
+        await asyncio.sleep(RESTART)
+
+
+def _source(
+    spec: KubeSpec | ManifestSpec, sink: Sink, metrics: Metrics
+) -> KubeSource | ManifestSource:
+    if isinstance(spec, ManifestSpec):
+        from kdns.source.manifests import ManifestSource
+
+        return ManifestSource(spec, sink, metrics)
+    from kdns.source.kube import KubeSource
+
+    return KubeSource(spec, sink, metrics)
+
+
+async def list_once(spec: KubeSpec | ManifestSpec) -> Pipeline:
+    """Return a pipeline whose snapshot holds what the source has. Raises ConfigError if that
+    takes longer than LISTING seconds."""
+    pipeline = Pipeline(Store(spec.kinds), lambda deps: None)
+    task = asyncio.ensure_future(follow(spec, pipeline, Metrics()))
+    try:
+        async with asyncio.timeout(LISTING):
+            await pipeline.synced.wait()
+    except TimeoutError:
+        raise ConfigError(
+            [Problem("", 0, f"the registry was not listed in {LISTING:g} s")]
+        ) from None
+    finally:
+        task.cancel()
+    return pipeline
