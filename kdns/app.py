@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
-import resource
 import signal
 import ssl
 import time
@@ -37,6 +35,7 @@ from kdns.plugins.plugin import (
 from kdns.registry.snapshot import dump_snapshot, everything
 from kdns.registry.spec import KubeSpec, ManifestSpec
 from kdns.registry.store import Store
+from kdns.runtime import raise_file_limit, settle_memory
 from kdns.server import files
 from kdns.server.exchange import Exchange
 from kdns.server.files import Stamp
@@ -50,9 +49,6 @@ log = logging.getLogger("kdns")
 start = logging.getLogger(START)
 
 RESOLV_CONF = "/etc/resolv.conf"
-# File descriptors wanted: a thousand connections a listener, a thousand sockets to upstreams.
-# The soft limit of 1,024 that services start with (systemd) is for programs that use select().
-OPEN_FILES = 65536
 CLIENT_AUTH = {
     "verify_if_given": ssl.CERT_OPTIONAL,
     "require_and_verify": ssl.CERT_REQUIRED,
@@ -472,23 +468,6 @@ class App:
             await self._upstreams.close()
         for task in (*self._tasks, *(task for _, task in self.pipelines.values())):
             task.cancel()
-
-
-def settle_memory() -> None:
-    """Spare the garbage collector what lives as long as the server: with 10,000 Services a
-    full collection would stop answering for tens of milliseconds."""
-    gc.collect()
-    gc.freeze()
-    # Queries leave no cycles; collecting after 50,000 net allocations bounds those of errors.
-    gc.set_threshold(50_000, 20, 50)
-
-
-def raise_file_limit() -> None:
-    """Raise the soft limit of open files as far as the hard one lets us."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def host_search() -> tuple[bytes, ...]:

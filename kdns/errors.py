@@ -82,3 +82,16 @@ class Unreachable(SourceError):
     def __init__(self, text: str, retry_after: float | None = None) -> None:
         self.retry_after = retry_after
         super().__init__(text)
+
+
+class ApplyError(KdnsError):
+    """The kernel did not take what a program was to write: the old rules stay, retried in full.
+
+    program -- which one, as it was called
+    stderr  -- what it said, and the line of ours it said it about
+    busy    -- a lock or another resource was taken: it may pass in a moment
+    """
+
+    def __init__(self, program: str, stderr: str, busy: bool = False) -> None:
+        self.program, self.stderr, self.busy = program, stderr, busy
+        super().__init__(f"{program}: {stderr}")

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "kdns"
 # From low to high; a layer may import itself and the ones before it. What is written in one
 # line stands side by side and does not import each other.
 LAYERS = (
-    ("errors", "logs"),
+    ("errors", "logs", "runtime"),
     ("metrics",),
     ("dns",),
     ("registry",),
@@ -29,9 +29,10 @@ LAYERS = (
     ("corefile",),
     ("plugins",),
     ("pipeline",),
-    ("source", "server", "kernel", "api"),
+    ("source", "server"),
+    ("kernel", "api"),  # their HTTP is server/'s
     ("site",),
-    ("app",),
+    ("app", "agent"),
     ("explain", "cli"),
     ("__main__", "pytest_plugin"),
 )

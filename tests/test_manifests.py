@@ -419,6 +419,10 @@ WRONG: list[tuple[str, str]] = [
     ("kind: Service\nmetadata: {name: a.b}", "'a.b' is not a DNS label"),
     ("kind: Service\nmetadata: {name: x}\nspec: {clusterIP: 10.96.0.300}", "not an IP address"),
     ("kind: Service\nmetadata: {name: x, labels: {version: 1.10}}", "Expected `str`, got `float`"),
+    (
+        "kind: Service\nmetadata: {name: x}\nspec: {loadBalancerSourceRanges: [192.0.2.1]}",
+        "spec.loadBalancerSourceRanges[0]: '192.0.2.1' is not a CIDR",
+    ),
     ("metadata: {name: x}", "kind: is missing: not a Kubernetes object"),
     ("kind: ServiceList\nitems: [3]", "not a Kubernetes object"),
     (

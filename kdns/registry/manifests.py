@@ -258,6 +258,7 @@ class _Reading:
     def read_service(self, where: str, value: dict[str, Any]) -> None:
         service = convert(SERVICE, _in_namespace(value))
         assert isinstance(service, Service)
+        _check_source_ranges(service)
         policy = msgspec.convert(value, Declared).spec.ip_family_policy
         self._once(self.services, SERVICE, key_of(service), (where, service, policy))
 
@@ -344,6 +345,23 @@ def _in_namespace(value: dict[str, Any]) -> dict[str, Any]:
     if isinstance(meta, dict) and not meta.get("namespace"):
         return {**value, "metadata": {**meta, "namespace": "default"}}
     return value
+
+
+def _check_source_ranges(service: Service) -> None:
+    """Raise ObjectError for a range that is none: passed over, it would let everybody in."""
+    for i, text in enumerate(service.spec.load_balancer_source_ranges or ()):
+        base, slash, length = text.strip().partition("/")
+        try:
+            if not slash or not length.isdecimal():
+                raise ValueError
+            ipaddress.ip_network(f"{base}/{length}", strict=False)
+        except ValueError:
+            raise ObjectError(
+                SERVICE,
+                "/".join(key_of(service)),
+                f"spec.loadBalancerSourceRanges[{i}]",
+                f"{text[:64]!r} is not a CIDR, such as 192.0.2.0/24",
+            ) from None
 
 
 def _check_name(kind: str, namespace: str, name: str) -> None:

@@ -12,6 +12,7 @@ import binascii
 import logging
 import ssl
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kdns.dns import types as t
@@ -79,24 +80,33 @@ class _Server:
 
 
 class HttpServer(_Server):
-    """One address with any number of paths; paths may be replaced while it runs."""
+    """One address with any number of paths; paths may be replaced while it runs.
+
+    fallback -- answers any path that has no route: returns (status, headers, body)
+    """
 
     def __init__(self, address: str, context: ssl.SSLContext | None = None) -> None:
         super().__init__(*split_address(address), context)
         self.address = address
         self.routes: dict[str, HttpRoute] = {}
+        self.fallback: Callable[[str], tuple[int, dict[str, str], bytes]] | None = None
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         from aiohttp import web
 
         route = self.routes.get(request.path)
-        if route is None:
+        if route is None and self.fallback is None:
             known = ", ".join(sorted(self.routes))
             return web.Response(status=404, text=f"not found; there is {known}\n")
         if request.method not in ("GET", "HEAD"):
             return web.Response(status=405, text="only GET\n")
-        status, content_type, body = route.handle(dict(request.headers))
-        return web.Response(status=status, body=body, headers={"Content-Type": content_type})
+        if route is not None:
+            status, content_type, body = route.handle(dict(request.headers))
+            headers = {"Content-Type": content_type}
+        else:
+            assert self.fallback is not None
+            status, headers, body = self.fallback(request.path)
+        return web.Response(status=status, body=body, headers=headers)
 
 
 class DohServer(_Server):

@@ -1,0 +1,1 @@
+"""The node's kernel: rules, connection tracking, settings and the health that follows."""

@@ -1,0 +1,1 @@
+"""Forwarding: what a node does with packets to a Service, and how each dataplane spells it."""

@@ -1,0 +1,27 @@
+"""What a long-lived server asks of its own interpreter and of its limits."""
+
+from __future__ import annotations
+
+import gc
+import resource
+
+# File descriptors wanted: a thousand connections a listener, a thousand sockets to upstreams.
+# The soft limit of 1,024 that services start with (systemd) is for programs that use select().
+OPEN_FILES = 65536
+
+
+def settle_memory() -> None:
+    """Spare the garbage collector what lives as long as the server: with 10,000 Services a
+    full collection would stop answering for tens of milliseconds."""
+    gc.collect()
+    gc.freeze()
+    # Queries leave no cycles; collecting after 50,000 net allocations bounds those of errors.
+    gc.set_threshold(50_000, 20, 50)
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit of open files as far as the hard one lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
