@@ -3,7 +3,8 @@
 The server is pinned to core 0, the load generator (Debian's dnsperf) to core 1; kdns, CoreDNS
 (where `coredns` is on PATH) and a bare UDP echo in C (where there is a compiler) are measured
 in one run, turn about, because machines differ and only ratios carry over. All of them listen
-on loopback. Writes bench/RESULTS.md and bench/results.json.
+on loopback. Then the forwarding part, bench/proxy.py: kdns proxy beside kube-proxy. Writes
+bench/RESULTS.md and bench/results.json; what was not run keeps what stood there.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))  # a script's own folder is there, not the one above it
+
+from bench import proxy  # noqa: E402
+
 SERVER_CORE, LOAD_CORE = "0", "1"
 OFFERED = 20000  # queries a second at which the CPU a query is read
 CLIENTS, OUTSTANDING = 8, 400
@@ -250,7 +255,26 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5, help="length of one dnsperf run")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--services", type=int, default=1000)
+    parser.add_argument("--only", choices=("names", "forwarding"), help="run one part")
+    parser.add_argument("--quick", action="store_true", help="forwarding: one round, no 10,000")
     args = parser.parse_args()
+    if args.only != "forwarding":
+        run_names(args)
+    if args.only != "names":
+        run_forwarding(args)
+
+
+def run_forwarding(args: argparse.Namespace) -> None:
+    why_not = proxy.missing()
+    if why_not:
+        print(f"bench: the forwarding part is left out: it {why_not}", flush=True)
+        return
+    figures = proxy.measure(args.quick)
+    figures.machine, figures.command = machine(), command_line()
+    write_part(proxy.section(figures), {"forwarding": asdict(figures)})
+
+
+def run_names(args: argparse.Namespace) -> None:
     for program in ("dnsperf", "taskset"):
         if shutil.which(program) is None:
             sys.exit(f"bench: needs {program} (Debian: apt-get install dnsperf util-linux)")
@@ -307,10 +331,7 @@ def write_results(
     lines = [
         "# Measured",
         "",
-        f"{now} on {cpu_model()}, {os.cpu_count()} cores, {platform.platform()},"
-        f" Python {platform.python_version()}."
-        f" Command: `{' '.join(['python', 'bench/run.py', *sys.argv[1:]])}`"
-        f"{' (make bench)' if not sys.argv[1:] else ''}."
+        f"{now} on {machine()}. Command: {command_line()}."
         " Server on one core, dnsperf on the other; kubeadm Corefile, metrics on; median of"
         f" {rounds} rounds. Ratios are taken within a round, lowest and highest in brackets:"
         " read them, for absolute figures differ by machine.",
@@ -334,23 +355,43 @@ def write_results(
                 f" {ratios[1]} | {statistics.median(figures.cpu):.1f} |"
             )
         lines.append("")
-    (HERE / "RESULTS.md").write_text("\n".join(lines))
-    (HERE / "results.json").write_text(
-        json.dumps(
-            {
-                "when": now,
-                "machine": cpu_model(),
-                "versions": versions,
-                "results": {
-                    name: {k: vars(v) for k, v in by_load.items()}
-                    for name, by_load in results.items()
-                },
+    write_part(
+        lines,
+        {
+            "when": now,
+            "machine": cpu_model(),
+            "versions": versions,
+            "results": {
+                name: {k: vars(v) for k, v in by_load.items()} for name, by_load in results.items()
             },
-            indent=1,
-        )
-        + "\n"
+        },
     )
+
+
+def write_part(lines: list[str], values: dict[str, object]) -> None:
+    """Put one part into both files; lines -- its text, from its "# " heading on."""
+    text, data = HERE / "RESULTS.md", HERE / "results.json"
+    parts: dict[str, str] = {}
+    if text.exists():
+        for part in re.split(r"^(?=# )", text.read_text(), flags=re.M):
+            parts[part.partition("\n")[0]] = part.strip()
+    parts[lines[0]] = "\n".join(lines).strip()
+    text.write_text("\n\n".join(part for part in parts.values() if part) + "\n")
+    held = json.loads(data.read_text()) if data.exists() else {}
+    data.write_text(json.dumps({**held, **values}, indent=1) + "\n")
     print("\n".join(lines))
+
+
+def command_line() -> str:
+    words = " ".join(["python", "bench/run.py", *sys.argv[1:]])
+    return f"`{words}`" if sys.argv[1:] else f"`{words}` (make bench)"
+
+
+def machine() -> str:
+    return (
+        f"{cpu_model()}, {os.cpu_count()} cores, {platform.platform()},"
+        f" Python {platform.python_version()}"
+    )
 
 
 def cpu_model() -> str:

@@ -30,6 +30,8 @@ DEFAULT_CONF = "Corefile"
 # What CoreDNS serves where there is no Corefile (reference 2.5).
 DEFAULT_COREFILE = ".:{port} {{\n    whoami\n    log\n}}\n"
 STDIN = "stdin"
+# The Pod ranges of kubeadm's documentation, and of Pods made from manifests.
+DEFAULT_CLUSTER_CIDR = "10.244.0.0/16,fd00:10:244::/56"
 
 
 class Commands(click.Group):
@@ -99,7 +101,7 @@ def _go_flag(arg: str) -> tuple[str, ...]:
     epilog="Flags without a command are those of 'serve': kdns -conf /etc/coredns/Corefile",
 )
 def cli() -> None:
-    """A cluster DNS server that takes CoreDNS's place."""
+    """A cluster's names and a node's forwarding, in CoreDNS's and kube-proxy's place."""
 
 
 class Port(click.IntRange):
@@ -204,8 +206,65 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
+@cli.command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def proxy(args: tuple[str, ...]) -> int:
+    """Program this node's forwarding; takes kube-proxy's flags."""
+    from kdns.proxy.flags import help_text, parse_flags
+
+    parsed = parse_flags(args)
+    if parsed.show_help:
+        click.echo(help_text(), nl=False)
+        return 0
+    if parsed.show_version:
+        return _print_version()
+    from kdns import agent
+
+    return agent.command(parsed)
+
+
 @cli.command()
-@click.argument("stage", type=click.Choice(["snapshot", "zone"]))
+@click.option(
+    "-f", "--manifests", "manifests", metavar="PATH", multiple=True, required=True,
+    help="Read Services from this file or folder; may be repeated.",
+)  # fmt: skip
+@click.option(
+    "--node", metavar="NAME", default="",
+    help="Whose rules.  [default: the only Node there is; without Nodes, this host]",
+)  # fmt: skip
+@click.option(
+    "--mode", type=click.Choice(["iptables"]), default="iptables", show_default=True,
+    help="How the rules are written.",
+)  # fmt: skip
+@click.option(
+    "--family", type=click.Choice(["ipv4", "ipv6"]), default="ipv4", show_default=True,
+    help="For iptables-restore or for ip6tables-restore.",
+)  # fmt: skip
+@click.option(
+    "--cluster-cidr", metavar="C", default=DEFAULT_CLUSTER_CIDR, show_default=True,
+    help="Where the cluster's Pods have their addresses, one CIDR a family; '' for nowhere.",
+)  # fmt: skip
+def rules(manifests: tuple[str, ...], node: str, mode: str, family: str, cluster_cidr: str) -> int:
+    """Print the rules of a node as text; the kernel is not touched."""
+    from kdns import agent
+
+    flags = [
+        f"--proxy-mode={mode}",
+        f"--cluster-cidr={cluster_cidr}",
+        f"--hostname-override={node}",
+    ]
+    text, notes = agent.rules_of(flags, manifests, 4 if family == "ipv4" else 6)
+    for note in notes:
+        click.echo(f"kdns: {note}", err=True)
+    click.echo(text, nl=False)
+    return 0
+
+
+@cli.command()
+@click.argument("stage", type=click.Choice(["snapshot", "zone", "table", "rules"]))
 @click.option(
     "-conf", "--conf", metavar="FILE", envvar="KDNS_CONF",
     help="Read what this Corefile's kubernetes block reads.",
@@ -214,10 +273,20 @@ def _count(n: int, what: str) -> str:
     "-f", "--manifests", "manifests", metavar="PATH", multiple=True,
     help="Read manifests from this file or folder; may be repeated.",
 )  # fmt: skip
-def dump(stage: str, conf: str | None, manifests: tuple[str, ...]) -> int:
-    """Print one stage between objects and answers: the registry's objects, or the records."""
+@click.option("--node", metavar="NAME", default="", help="Whose table or rules.")
+def dump(stage: str, conf: str | None, manifests: tuple[str, ...], node: str) -> int:
+    """Print one stage between objects and what is made of them: the registry's objects, the DNS
+    records, a node's forwarding table, or its rules ('kdns rules' prints them for one family)."""
     if conf is None and not manifests:
         raise click.UsageError("say what to read: -conf FILE or -f PATH")
+    if stage in ("table", "rules"):
+        if not manifests:
+            raise click.UsageError(f"the {stage} of a node are made of manifests: -f PATH")
+        from kdns import agent
+
+        for line in agent.dump(stage, manifests, node):
+            click.echo(line)
+        return 0
     from kdns import app
 
     for line in app.dump(stage, conf, manifests):

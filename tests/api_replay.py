@@ -184,6 +184,7 @@ class ApiReplay:
         for resource, (prefix, _, _) in RESOURCES.items():
             app.router.add_get(f"{prefix}/{resource}", self._collection)
             app.router.add_get(f"{prefix}/namespaces/{{namespace}}/{resource}", self._collection)
+            app.router.add_get(f"{prefix}/{resource}/{{name}}", self._one)
         app.router.add_get("/version", _version)
         self._stopping = False
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.2)
@@ -199,6 +200,15 @@ class ApiReplay:
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
+
+    async def _one(self, request: web.Request) -> web.StreamResponse:
+        """Answer a GET of one object without a namespace: kube-proxy asks so for its Node."""
+        resource, name = request.path.split("/")[-2:]
+        found = self._objects[resource].get(("", name))
+        if found is None:
+            return _refuse(404, "NotFound", f"{resource} {name!r} not found")
+        _, api_version, kind = RESOURCES[resource]
+        return web.json_response({"apiVersion": api_version, "kind": kind, **found})
 
     async def _collection(self, request: web.Request) -> web.StreamResponse:
         resource = request.path.rpartition("/")[2]
@@ -430,8 +440,12 @@ def golden() -> list[Json]:
     return list(json.loads(GOLDEN.read_text())["items"])
 
 
-def many_services(count: int) -> Iterator[Json]:
-    """Yield `count` Services over namespaces of a hundred, each with a slice of two."""
+def many_services(count: int, endpoints: int = 2) -> Iterator[Json]:
+    """Yield `count` Services over namespaces of a hundred, each with a slice of `endpoints`.
+
+    Addresses are unique up to 65,536 endpoints, all in 10.244.0.0/16 and port 8080; Services
+    have the ClusterIPs from 10.96.0.0 on, port 80.
+    """
     for n in range(count):
         namespace, name = f"bench-{n // 100}", f"svc-{n}"
         if n % 100 == 0:
@@ -461,10 +475,10 @@ def many_services(count: int) -> Iterator[Json]:
             "addressType": "IPv4",
             "endpoints": [
                 {
-                    "addresses": [f"10.{244 + (n >> 15)}.{n >> 7 & 255}.{(n << 1 & 255) + i}"],
+                    "addresses": [f"10.{244 + (k >> 16)}.{k >> 8 & 255}.{k & 255}"],
                     "conditions": {"ready": True, "serving": True, "terminating": False},
                 }
-                for i in range(2)
+                for k in range(n * endpoints, (n + 1) * endpoints)
             ],
             "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
         }

@@ -132,7 +132,7 @@ def test_flags_from_the_environment(app: FakeApp, monkeypatch: pytest.MonkeyPatc
     ("line", "said"),
     [
         ("serv", "no command 'serv', did you mean 'serve'?"),
-        ("x", "no command 'x'; the commands are corefile, dump, query, serve, version"),
+        ("x", "no command 'x'; the commands are corefile, dump, proxy, query, rules, serve, version"),
         ("-cnof f", "no flag '-cnof', did you mean '-conf'?"),
         ("-port 53", "no flag '-port', did you mean '-dns.port'?"),
         ("serve --dnsport=53", "no flag '--dnsport', did you mean '--dns.port'?"),
@@ -146,7 +146,7 @@ def test_flags_from_the_environment(app: FakeApp, monkeypatch: pytest.MonkeyPatc
         ("query a..b", "not a domain name: 'a..b' has an empty label"),
         ("query example.org ADRESS", "'ADRESS' is not a record type"),
         ("dump zone", "say what to read: -conf FILE or -f PATH"),
-        ("dump table -f x", "'table' is not one of 'snapshot', 'zone'."),
+        ("dump tables -f x", "'tables' is not one of 'snapshot', 'zone', 'table', 'rules'."),
         ("corefile chek x", "No such command 'chek'"),
     ],
 )

@@ -36,6 +36,25 @@ TIME = "2027-01-15T08:00:00.500000Z"
 LOOPBACK = ["127.0.0.1"]
 
 
+class Told:
+    """What a sync loop would tell of itself."""
+
+    def __init__(self) -> None:
+        self.last_synced: float | None = None
+        self.waiting_since: float | None = None
+
+    def queued(self, now: float) -> None:
+        self.waiting_since = now if self.waiting_since is None else self.waiting_since
+
+    def updated(self, now: float) -> None:
+        self.last_synced, self.waiting_since = now, None
+
+
+def health_of(timeout: float = 60) -> tuple[NodeHealth, dict[Family, Told]]:
+    told: dict[Family, Told] = {4: Told(), 6: Told()}
+    return NodeHealth(timeout, told), told
+
+
 class Got(NamedTuple):
     status: int
     headers: Any
@@ -68,8 +87,8 @@ def taken() -> Iterator[tuple[int, socket.socket]]:
 
 
 def test_a_healthy_node() -> None:
-    health = NodeHealth(timeout=60)
-    health.updated(4, NOW - 100)
+    health, told = health_of()
+    told[4].updated(NOW - 100)
     answer = health.healthz(NOW)
     assert answer.status == 200
     assert json.loads(answer.body) == {
@@ -103,9 +122,9 @@ def test_a_healthy_node() -> None:
 def test_a_change_that_waits_longer_than_two_sync_periods_is_ill_health(
     events: list[tuple[str, Family, float]], at: float, healthy: bool
 ) -> None:
-    health = NodeHealth(timeout=60)
+    health, told = health_of()
     for what, family, seconds in events:
-        (health.queued if what == "queued" else health.updated)(family, NOW + seconds)
+        getattr(told[family], what)(NOW + seconds)
     assert health.healthy(NOW + at) is healthy
     for answer in (health.healthz(NOW + at), health.livez(NOW + at)):
         assert answer.status == (200 if healthy else 503)
@@ -113,10 +132,10 @@ def test_a_change_that_waits_longer_than_two_sync_periods_is_ill_health(
 
 
 def test_an_ill_family_is_named_and_the_last_success_is_told() -> None:
-    health = NodeHealth(timeout=60)
-    health.updated(4, NOW - 300)
-    health.updated(6, NOW - 200)
-    health.queued(4, NOW - 100)
+    health, told = health_of()
+    told[4].updated(NOW - 300)
+    told[6].updated(NOW - 200)
+    told[4].queued(NOW - 100)
     body = json.loads(health.healthz(NOW).body)
     assert body["status"]["IPv4"]["healthy"] is False
     assert body["status"]["IPv6"]["healthy"] is True
@@ -136,7 +155,7 @@ def test_a_node_about_to_go_gets_no_more_traffic_but_the_proxy_lives(
     node: Node, eligible: bool
 ) -> None:
     assert is_eligible(node) is eligible
-    health = NodeHealth(timeout=60)
+    health, _ = health_of()
     health.sync_node(node)
     answer = health.healthz(NOW)
     assert answer.status == (200 if eligible else 503)
@@ -150,13 +169,13 @@ def test_a_node_about_to_go_gets_no_more_traffic_but_the_proxy_lives(
 
 
 def test_a_node_that_nobody_has_seen_is_eligible() -> None:
-    health = NodeHealth(timeout=60)
+    health, _ = health_of()
     health.sync_node(None)
     assert health.eligible
 
 
 def test_notes_are_shown_and_make_nobody_ill() -> None:
-    health = NodeHealth(timeout=60)
+    health, _ = health_of()
     health.notes = ("rules of iptables-legacy and iptables-nft are in use together",)
     answer = health.healthz(NOW)
     assert answer.status == 200
@@ -287,14 +306,14 @@ async def test_a_port_is_handed_from_one_service_to_another() -> None:
 @pytest.mark.asyncio
 async def test_an_ill_proxy_takes_its_services_with_it() -> None:
     port = free_port()
-    health = NodeHealth(timeout=60)
+    health, told = health_of()
     async with serving(healthy=lambda: health.healthy(NOW)) as servers:
         await servers.update({port: HealthCheck("ns", "web", 3)})
-        health.queued(4, NOW - 100)
+        told[4].queued(NOW - 100)
         got = await get(port)
         assert (got.status, got.json["serviceProxyHealthy"]) == (503, False)
         # Load balancers take away the traffic by the Node, not by the Service.
-        health.updated(4, NOW)
+        told[4].updated(NOW)
         health.sync_node(Node(Meta(deletion_timestamp="x")))
         assert (await get(port)).status == 200
 
@@ -367,7 +386,7 @@ async def node_http(
     said: ProxyConfig, health: NodeHealth | None = None, retry: float = 5
 ) -> AsyncIterator[tuple[NodeHttp, Metrics]]:
     metrics = Metrics()
-    http = NodeHttp(said, metrics, health or NodeHealth(timeout=60), lambda: NOW, retry)
+    http = NodeHttp(said, metrics, health or health_of()[0], lambda: NOW, retry)
     await http.start()
     try:
         yield http, metrics
@@ -378,7 +397,7 @@ async def node_http(
 @pytest.mark.asyncio
 async def test_healthz_and_livez_of_the_node() -> None:
     port = free_port()
-    health = NodeHealth(timeout=60)
+    health, _ = health_of()
     async with node_http(config(port, 0), health) as (_, metrics):
         assert (await get(port, "/healthz")).json["nodeEligible"] is True
         assert (await get(port, "/livez")).json["currentTime"] == TIME
@@ -395,10 +414,10 @@ async def test_healthz_and_livez_of_the_node() -> None:
 async def test_metrics_mode_and_configuration() -> None:
     port = free_port()
     said = config(0, port, cluster_cidrs=("10.244.0.0/16",))
-    health = NodeHealth(timeout=60)
+    health, told = health_of()
     async with node_http(said, health) as (_, metrics):
         metrics.counter("kubeproxy_x_total", "X.").labels().add(3)
-        health.queued(4, NOW - 100)
+        told[4].queued(NOW - 100)
         assert (await get(port, "/healthz")).text == "ok"
         assert (await get(port, "/proxyMode")).text == "iptables"
         assert (await get(port, "/configz")).json == {
@@ -467,7 +486,8 @@ async def test_nothing_is_served_where_nothing_is_asked_for() -> None:
 
 def test_the_node_is_ill_after_two_sync_periods() -> None:
     said = replace(ProxyConfig(), iptables=replace(ProxyConfig().iptables, sync_period=5.0))
-    health = NodeHealth.of(said)
-    health.queued(4, NOW)
+    told = Told()
+    health = NodeHealth.of(said, {4: told})
+    told.queued(NOW)
     assert health.healthy(NOW + 9.9)
     assert not health.healthy(NOW + 10)

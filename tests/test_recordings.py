@@ -71,6 +71,30 @@ def query_of(row: dict[str, Any]) -> dns.message.Message:
     return query
 
 
+def counted_down(got: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """True if `got` is what was recorded, or that a few seconds later.
+
+    The upstream's records come a second time from `cache`; between the two a second may have
+    passed here, which none did while recording.
+    """
+    if got == wanted:
+        return True
+    return any(_in_seconds(wanted, n) == got for n in range(1, 6))
+
+
+def _in_seconds(wanted: dict[str, Any], n: int) -> dict[str, Any]:
+    def older(line: str) -> str:
+        name, ttl, rest = line.split(" ", 2)
+        outside = name.endswith("example.com.")
+        return f"{name} {int(ttl) - n} {rest}" if outside else line
+
+    return {
+        key: [older(line) for line in value] if key in ("answer", "authority", "additional")
+        else value
+        for key, value in wanted.items()
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", NAMES)
 async def test_every_recorded_question_is_answered_as_coredns_did(name: str) -> None:
     rows = [json.loads(line) for line in (GOLDEN / "dns" / f"{name}.jsonl").open()]
@@ -82,6 +106,6 @@ async def test_every_recorded_question_is_answered_as_coredns_did(name: str) -> 
             reply = await ask(query_of(row), "127.0.0.1", port=kdns.port, timeout=5)
             got = sections(reply)
             wanted = {key: row[key] for key in got}
-            if got != wanted and (name, *row["q"]) not in DIFFERENCES:
+            if not counted_down(got, wanted) and (name, *row["q"]) not in DIFFERENCES:
                 differing.append((row["q"], got, wanted))
     assert not differing, f"{len(differing)} differ; the first: {differing[:3]}"

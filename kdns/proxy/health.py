@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from kdns.proxy.config import ProxyConfig
 from kdns.proxy.options import Family
@@ -45,43 +45,46 @@ class HealthCheck:
     count: int
 
 
-@dataclass(slots=True)
-class _Times:
-    """updated -- of the last sync that succeeded; waiting -- of the oldest change since that
-    the kernel does not hold; None: none yet, none"""
+class Times(Protocol):
+    """What one family's sync loop knows, in Unix seconds.
 
-    updated: float | None = None
-    waiting: float | None = None
+    last_synced   -- when the kernel last took all there was; None: never
+    waiting_since -- of the oldest change that the kernel does not hold; None: it holds all
+    """
+
+    @property
+    def last_synced(self) -> float | None: ...
+
+    @property
+    def waiting_since(self) -> float | None: ...
 
 
 class NodeHealth:
-    """Knows what waits for the kernel, and whether the Node is about to go.
+    """Says whether the node's rules keep up, and whether the Node is about to go.
 
-    timeout -- seconds a change may wait. All times are Unix seconds.
+    timeout -- seconds a change may wait
+    times   -- by family; may be filled later: as long as a family has none, nothing waits
+    notes   -- what an operator should know, such as two iptables variants in use; shown, but
+               no reason to be unhealthy
     """
 
-    def __init__(self, timeout: float, families: Iterable[Family] = (4, 6)) -> None:
+    def __init__(
+        self, timeout: float, times: Mapping[Family, Times | None], notes: Sequence[str] = ()
+    ) -> None:
         self.timeout = timeout
-        self.notes: tuple[str, ...] = ()
-        """What an operator should know, such as two iptables variants in use; shown, but no
-        reason to be unhealthy."""
-        self._times = {family: _Times() for family in families}
+        self.times = times
+        self.notes = notes
         self._eligible = True
 
     @classmethod
-    def of(cls, config: ProxyConfig, families: Iterable[Family] = (4, 6)) -> NodeHealth:
+    def of(
+        cls,
+        config: ProxyConfig,
+        times: Mapping[Family, Times | None],
+        notes: Sequence[str] = (),
+    ) -> NodeHealth:
         """Return a health with kube-proxy's patience: two sync periods."""
-        return cls(PERIODS * config.sync_period, families)
-
-    def queued(self, family: Family, now: float) -> None:
-        """Note that a change waits to be applied; the oldest one counts."""
-        times = self._times[family]
-        if times.waiting is None:
-            times.waiting = now
-
-    def updated(self, family: Family, now: float) -> None:
-        """Note that the kernel holds all changes."""
-        self._times[family] = _Times(updated=now)
+        return cls(PERIODS * config.sync_period, times, notes)
 
     def sync_node(self, node: Node | None) -> None:
         """Take over this node's Node. None, there is no such Node (yet), changes nothing."""
@@ -95,8 +98,9 @@ class NodeHealth:
 
     def healthy(self, now: float, family: Family | None = None) -> bool:
         """Return True unless a change waits too long; whatever becomes of the Node."""
-        asked = self._times.values() if family is None else (self._times[family],)
-        return all(one.waiting is None or now - one.waiting < self.timeout for one in asked)
+        asked = self.times.values() if family is None else (self.times[family],)
+        oldest = [one.waiting_since for one in asked if one is not None]
+        return all(since is None or now - since < self.timeout for since in oldest)
 
     def healthz(self, now: float) -> Answer:
         """Answer /healthz: may load balancers send to this node?"""
@@ -108,7 +112,10 @@ class NodeHealth:
         return self._answer(now, self.healthy(now), {})
 
     def _answer(self, now: float, well: bool, more: Mapping[str, object]) -> Answer:
-        updated = [one.updated for one in self._times.values() if one.updated is not None]
+        synced = {
+            family: None if one is None else one.last_synced for family, one in self.times.items()
+        }
+        updated = [when for when in synced.values() if when is not None]
         body: dict[str, object] = {
             # While well it is now: readers of old take this for a sign of life.
             "lastUpdated": _time(now if well else max(updated, default=None)),
@@ -117,10 +124,10 @@ class NodeHealth:
             "healthy": self.healthy(now),
             "status": {
                 FAMILY_NAMES[family]: {
-                    "lastUpdated": _time(times.updated),
+                    "lastUpdated": _time(when),
                     "healthy": self.healthy(now, family),
                 }
-                for family, times in self._times.items()
+                for family, when in synced.items()
             },
         }
         if self.notes:

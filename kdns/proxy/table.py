@@ -20,6 +20,7 @@ from kdns.registry.endpoints import (
     Endpoint,
     canonical_address,
     endpoints_of_port,
+    is_usable,
     sort_usable,
 )
 from kdns.registry.objects import (
@@ -89,6 +90,8 @@ class Forwarding:
     local          -- endpoints on this node, for traffic of policy Local and for the health
                       check; same order
     has_endpoints  -- an endpoint is usable, on whichever node (reference 1.6 point 5)
+    serving        -- UDP only: all usable endpoints, also those that policies, hints and
+                      draining leave out for new flows; a flow that is at one may finish there
     """
 
     key: Key
@@ -108,6 +111,7 @@ class Forwarding:
     cluster: tuple[Endpoint, ...] = ()
     local: tuple[Endpoint, ...] = ()
     has_endpoints: bool = False
+    serving: tuple[Endpoint, ...] = ()
 
     @property
     def externally_accessible(self) -> bool:
@@ -360,6 +364,7 @@ def _forwarding(
         usable.cluster,
         usable.local,
         usable.has_endpoints,
+        tuple([e for e in endpoints if is_usable(e)]) if protocol == "udp" else (),
     )
 
 

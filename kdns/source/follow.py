@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from kdns.errors import ConfigError, Problem
+from kdns.errors import ConfigError, Problem, SourceError
 from kdns.metrics import Metrics
 from kdns.pipeline import Pipeline
 from kdns.registry.spec import KubeSpec, ManifestSpec
@@ -48,18 +48,43 @@ def _source(
     return KubeSource(spec, sink, metrics)
 
 
+class _Listing(Pipeline):
+    """A pipeline that remembers why its source fails.
+
+    ended -- it is synced; or it will not be, for a file does not come by waiting
+    """
+
+    why = ""
+
+    def __init__(self, spec: KubeSpec | ManifestSpec) -> None:
+        super().__init__(Store(spec.kinds), lambda deps: None)
+        self._final = isinstance(spec, ManifestSpec)
+        self.ended = asyncio.Event()
+
+    def publish(self) -> None:
+        super().publish()
+        if self.snapshot.synced:
+            self.ended.set()
+
+    def failed(self, what: str, error: SourceError, retry_in: float) -> None:
+        self.why = str(error)
+        if self._final:
+            self.ended.set()
+
+
 async def list_once(spec: KubeSpec | ManifestSpec) -> Pipeline:
-    """Return a pipeline whose snapshot holds what the source has. Raises ConfigError if that
-    takes longer than LISTING seconds."""
-    pipeline = Pipeline(Store(spec.kinds), lambda deps: None)
+    """Return a pipeline whose snapshot holds what the source has. Raises ConfigError if it
+    cannot be had, or not in LISTING seconds."""
+    pipeline = _Listing(spec)
     task = asyncio.ensure_future(follow(spec, pipeline, Metrics()))
     try:
         async with asyncio.timeout(LISTING):
-            await pipeline.synced.wait()
+            await pipeline.ended.wait()
     except TimeoutError:
-        raise ConfigError(
-            [Problem("", 0, f"the registry was not listed in {LISTING:g} s")]
-        ) from None
+        pipeline.why = f"not listed in {LISTING:g} s{pipeline.why and f': {pipeline.why}'}"
     finally:
         task.cancel()
+    if not pipeline.snapshot.synced:
+        what = "manifests" if isinstance(spec, ManifestSpec) else "registry"
+        raise ConfigError([Problem(what, 0, pipeline.why.removeprefix("manifests: "))])
     return pipeline

@@ -61,7 +61,10 @@ PATHS: Final[dict[Kind, str]] = {
     NODE: "/api/v1/nodes",
 }
 # What forwarding passes over need not be sent to us (reference kube-proxy 1.1).
-FORWARDED_LABELS = f"!{PROXY_NAME_LABEL},!{HEADLESS_LABEL}"
+FORWARDED_LABELS: Final[dict[Kind, str]] = {
+    SERVICE: f"!{PROXY_NAME_LABEL}",
+    ENDPOINT_SLICE: f"!{PROXY_NAME_LABEL},!{HEADLESS_LABEL}",
+}
 NOT_HEADLESS = "spec.clusterIP!=None"
 # Pods that have ended have no name (reference 1.6).
 LIVE_PODS = "status.phase!=Succeeded,status.phase!=Failed,status.phase!=Unknown"
@@ -132,8 +135,8 @@ class KubeSource:
         # CoreDNS: `labels` is not for ServiceImports, but for their slices.
         if kind not in (NAMESPACE, SERVICE_IMPORT, NODE) and self._spec.label_selector:
             labels.append(self._spec.label_selector)
-        if self._spec.only_forwarded and kind in (SERVICE, ENDPOINT_SLICE):
-            labels.append(FORWARDED_LABELS)
+        if self._spec.only_forwarded and kind in FORWARDED_LABELS:
+            labels.append(FORWARDED_LABELS[kind])
         if kind == ENDPOINT_SLICE and not self._spec.want_endpoints:
             labels.append(IMPORT_NAME_LABEL)  # only those that have it
         if labels:
