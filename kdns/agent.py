@@ -28,7 +28,7 @@ from kdns.kernel.iptables import IptablesDataplane, cleanup_all
 from kdns.kernel.netlink import default_address, node_addresses
 from kdns.kernel.programs import Found, find_programs
 from kdns.kernel.sync import SyncLoop, Timing
-from kdns.logs import setup_logging
+from kdns.logs import JsonFormatter, setup_logging
 from kdns.metrics import Metrics
 from kdns.pipeline import Pipeline, Words
 from kdns.proxy import config as settings
@@ -43,7 +43,7 @@ from kdns.registry.objects import EndpointSlice, Key, Node
 from kdns.registry.snapshot import Changes, Snapshot, everything
 from kdns.registry.spec import KubeSpec, ManifestSpec
 from kdns.registry.store import Store
-from kdns.runtime import raise_file_limit, settle_memory
+from kdns.runtime import collect_rarely, raise_file_limit, settle_memory
 from kdns.source.follow import follow, list_once
 
 log = logging.getLogger("kdns.proxy")
@@ -303,6 +303,7 @@ class Agent:
                 self.metrics,
                 timing,
                 lambda table, changed, full, f=family: self._synced(f, table, changed),  # type: ignore[misc]
+                on_failed=self._sync_failed,
             )
             loop.warnings += self._found.warnings
             side = _Side(
@@ -365,6 +366,10 @@ class Agent:
         self._table_synced.set()
         if len([one for one in self.sides.values() if one.synced]) == len(self.sides):
             self._all_synced()
+
+    def _sync_failed(self, error: Exception) -> None:
+        if self._once:
+            self.stop(str(error))
 
     def _all_synced(self) -> None:
         if self._once:
@@ -575,17 +580,22 @@ def command(parsed: Parsed) -> int:
             raise ConfigError([Problem(parsed.config_path, 0, f"cannot be read: {why}")]) from None
         read = settings.parse_config(text, parsed.config_path)
     settled = settle(parsed, read)
-    setup_logging(sys.stderr if parsed.dry_run else sys.stdout)
+    handler = setup_logging(sys.stderr if parsed.dry_run else sys.stdout)
+    if settled.config.logging.format == "json":
+        handler.setFormatter(JsonFormatter())
     for warning in settled.warnings:
-        log.warning("%s", warning)
+        log.warning("%s", replace(warning, warning=False))  # the line says so itself
     config = settled.config
     if parsed.write_config_to:
-        Path(parsed.write_config_to).write_text(settings.render_yaml(config), encoding="utf-8")
+        try:
+            Path(parsed.write_config_to).write_text(settings.render_yaml(config), encoding="utf-8")
+        except OSError as e:
+            raise KdnsError(f"{parsed.write_config_to}: cannot be written: {e.strerror}") from None
         log.info("wrote the configuration to %s", parsed.write_config_to)
         return 0
     if parsed.cleanup:
         check_permission()
-        asyncio.run(cleanup_all(families_here()))
+        asyncio.run(_clean_up())
         log.info("our rules are gone")
         return 0
     node = settings.node_name(config, host_name())
@@ -606,6 +616,12 @@ def command(parsed: Parsed) -> int:
     return 0
 
 
+async def _clean_up() -> None:
+    """Remove what is ours, as far as there are programs for it; one that is missing is an error."""
+    await cleanup_all(families_here())
+    await find_programs(families_here())
+
+
 def _run(make: Callable[[], Agent]) -> None:
     """Run an agent until it ends or a signal comes."""
 
@@ -617,6 +633,7 @@ def _run(make: Callable[[], Agent]) -> None:
         await agent.run()
 
     raise_file_limit()
+    collect_rarely()
     asyncio.run(main())
 
 
@@ -641,13 +658,14 @@ def rules_of(
     return rules_text(snapshot, config, family, node_in(snapshot, config.hostname_override))
 
 
-def dump(stage: str, manifests: Sequence[str], node: str) -> Iterator[str]:
+def dump(stage: str, manifests: Sequence[str], node: str, cluster_cidr: str) -> Iterator[str]:
     """Yield the lines of `kdns dump table|rules` for manifests. Raises ConfigError."""
+    config = settle(parse_flags([f"--cluster-cidr={cluster_cidr}"]), None).config
     snapshot = list_registry(ManifestSpec(tuple(manifests)))
     name = node_in(snapshot, node)
     for family in FAMILIES:
         yield f"# {FAMILY_LABEL[family]} on node {name}"
-        table, options = table_for(snapshot, ProxyConfig(), family, name)
+        table, options = table_for(snapshot, config, family, name)
         if stage == "table":
             yield from dump_table(table)
         else:

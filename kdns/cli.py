@@ -284,7 +284,7 @@ def dump(stage: str, conf: str | None, manifests: tuple[str, ...], node: str) ->
             raise click.UsageError(f"the {stage} of a node are made of manifests: -f PATH")
         from kdns import agent
 
-        for line in agent.dump(stage, manifests, node):
+        for line in agent.dump(stage, manifests, node, DEFAULT_CLUSTER_CIDR):
             click.echo(line)
         return 0
     from kdns import app

@@ -95,3 +95,19 @@ class ApplyError(KdnsError):
     def __init__(self, program: str, stderr: str, busy: bool = False) -> None:
         self.program, self.stderr, self.busy = program, stderr, busy
         super().__init__(f"{program}: {stderr}")
+
+
+class ApiError(KdnsError):
+    """A request to the embedded API that is refused: becomes a Kubernetes Status.
+
+    code    -- HTTP status
+    reason  -- Kubernetes' word: NotFound, AlreadyExists, Conflict, Invalid, ...
+    details -- of the Status: kind, name, group, causes, retryAfterSeconds
+    """
+
+    def __init__(
+        self, code: int, reason: str, text: str, details: dict[str, object] | None = None
+    ) -> None:
+        self.code, self.reason = code, reason
+        self.details: dict[str, object] = details or {}
+        super().__init__(text)

@@ -32,6 +32,7 @@ FAMILY_LABEL: dict[Family, str] = {4: "IPv4", 6: "IPv6"}
 BUCKETS = tuple(0.001 * 2**n for n in range(15))  # seconds, as kube-proxy's
 
 OnSynced: TypeAlias = Callable[[ForwardingTable, frozenset[Key], bool], None]
+OnFailed: TypeAlias = Callable[[Exception], None]
 
 
 class Dataplane(Protocol):
@@ -97,6 +98,7 @@ class SyncLoop:
 
     on_synced -- called after each success with the table now in the kernel, the Services it
                  differs by from the one before, and whether the sync was full
+    on_failed -- called with what made a sync fail; the next attempt is planned by then
 
     For health (Unix seconds):
     last_queued -- when a change was last asked for; last_synced: when a sync last succeeded;
@@ -112,6 +114,7 @@ class SyncLoop:
         timing: Timing = Timing(),
         on_synced: OnSynced | None = None,
         clock: Clock | None = None,
+        on_failed: OnFailed | None = None,
     ) -> None:
         self.last_queued: float | None = None
         self.last_synced: float | None = None
@@ -120,6 +123,7 @@ class SyncLoop:
         self._label = FAMILY_LABEL[family]
         self._timing = timing
         self._on_synced = on_synced
+        self._on_failed = on_failed
         self._clock = clock or Clock()
         self._tally = _Tally(metrics, self._label)
         self._table: ForwardingTable | None = None

@@ -75,8 +75,8 @@ class _Listing(Pipeline):
 async def list_once(spec: KubeSpec | ManifestSpec) -> Pipeline:
     """Return a pipeline whose snapshot holds what the source has. Raises ConfigError if it
     cannot be had, or not in LISTING seconds."""
-    pipeline = _Listing(spec)
-    task = asyncio.ensure_future(follow(spec, pipeline, Metrics()))
+    pipeline, metrics = _Listing(spec), Metrics()
+    task = asyncio.ensure_future(follow(spec, pipeline, metrics))
     try:
         async with asyncio.timeout(LISTING):
             await pipeline.ended.wait()
@@ -84,7 +84,10 @@ async def list_once(spec: KubeSpec | ManifestSpec) -> Pipeline:
         pipeline.why = f"not listed in {LISTING:g} s{pipeline.why and f': {pipeline.why}'}"
     finally:
         task.cancel()
-    if not pipeline.snapshot.synced:
-        what = "manifests" if isinstance(spec, ManifestSpec) else "registry"
-        raise ConfigError([Problem(what, 0, pipeline.why.removeprefix("manifests: "))])
-    return pipeline
+    if metrics.value("kdns_source_errors_total", "manifests", "broken"):
+        # Half of what was meant would be taken for all of it.
+        pipeline.why = "a file is broken, as said above"
+    elif pipeline.snapshot.synced:
+        return pipeline
+    what = "manifests" if isinstance(spec, ManifestSpec) else "registry"
+    raise ConfigError([Problem(what, 0, pipeline.why.removeprefix("manifests: "))])

@@ -159,7 +159,8 @@ class KubeSource:
             way = await self._access.get()
             host = way.host
             async with asyncio.timeout(request.total):
-                response = await connection.get(way, PATHS[kind], request, self._timing.connect)
+                async with asyncio.timeout(request.quiet):
+                    response = await connection.get(way, PATHS[kind], request, self._timing.connect)
                 async with response:
                     self._count(host, str(response.status), began)
                     await self._read(kind, reflector, request, response)
@@ -199,7 +200,13 @@ class KubeSource:
             self._sink.heard(kind)
             self._tell(kind, reflector.on_page(body))
             return
-        async for chunk in response.content.iter_any():
+        chunks = response.content.iter_any()
+        while True:
+            # Anew for each: once the initial objects are in, silence may last longer.
+            async with asyncio.timeout(reflector.quiet):
+                chunk = await anext(chunks, b"")
+            if not chunk:
+                break
             self._sink.heard(kind)
             self._tell(kind, reflector.on_chunk(chunk, self._clock()))
             if reflector.leave:
@@ -324,8 +331,11 @@ class Connection:
                 proxy=way.proxy,
                 server_hostname=way.server_hostname,
                 allow_redirects=False,  # a token goes to no other host
+                # How long a watch may be silent changes while it is read: _read() sees to it.
                 timeout=aiohttp.ClientTimeout(
-                    total=None, sock_connect=connect, sock_read=request.quiet
+                    total=None,
+                    sock_connect=connect,
+                    sock_read=None if request.watch else request.quiet,
                 ),
             )
         except ValueError as e:  # a URL, header or proxy that aiohttp cannot use

@@ -184,12 +184,16 @@ class Reflector:
         )
         if self._phase is Phase.WATCH:
             params += (("resourceVersion", self._version),)
-            quiet = timing.quiet
         else:
             self._listing = _Listing()
             params += (("sendInitialEvents", "true"), ("resourceVersionMatch", "NotOlderThan"))
-            quiet = timing.initial_quiet
-        return Request(params + self._selectors, True, seconds + timing.margin, quiet)
+        return Request(params + self._selectors, True, seconds + timing.margin, self.quiet)
+
+    @property
+    def quiet(self) -> float:
+        """Seconds that a watch may be without a byte as things are."""
+        timing = self._timing
+        return timing.quiet if self._phase is Phase.WATCH else timing.initial_quiet
 
     def _list_params(self) -> tuple[tuple[str, str], ...]:
         params: tuple[tuple[str, str], ...] = ()
