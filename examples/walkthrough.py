@@ -1,10 +1,12 @@
-"""Start kdns over the manifests in this folder and ask it what people ask a cluster's DNS.
+"""Start kdns over the manifests in this folder, ask it what people ask a cluster's DNS, and
+look at the rules by which a node forwards what is sent to the addresses it answered.
 
     make demo            # or: .venv/bin/python examples/walkthrough.py
 
 Everything stays on 127.0.0.1: the cluster is examples/*.yaml, the outside world a second
-server block of examples/Corefile.demo. Each question is a `kdns query` that can be typed by
-hand. Leaves with 0 if every answer was the one expected.
+server block of examples/Corefile.demo; real packets stay in a network namespace made for them.
+Each step is a command that can be typed by hand. Leaves with 0 if every answer was the one
+expected.
 """
 
 from __future__ import annotations
@@ -31,12 +33,16 @@ COREFILE = "examples/Corefile.demo"
 PORTS = range(10_000, 30_000)
 START_SECONDS = 20.0  # how long a slow machine may take to start Python twice
 STOP_SECONDS = 10.0
+RUN_SECONDS = 30.0  # one command
+# How the programs of a step are run that may not be in PATH.
+OURS = {"kdns": (sys.executable, "-m", "kdns"), "python": (sys.executable,)}
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One question. expect: patterns that must be in the output; `{service}` in a pattern is
-    the address that the first question brought. like: how one asks with other tools."""
+    """One question. command: of one program or of some with `|` between them. expect: patterns
+    that must be in the output; `{service}` in a pattern is the address that the first question
+    brought. like: how one asks with other tools."""
 
     why: str
     command: str
@@ -150,6 +156,45 @@ STEPS = (
         "kdns query example.org. MX --tcp",
         (r"IN MX 10 mail\.example\.org\.$", r"over tcp"),
     ),
+    Step(
+        "How a node forwards what is sent to Service node-port: its rules, as kube-proxy"
+        " writes them.",
+        "kdns rules -f examples | grep default/node-port",
+        (
+            r"^-A KUBE-NODEPORTS .* --dport 30080 -j KUBE-EXT-\w+$",
+            r"^-A KUBE-SERVICES -d 10\.\d+\.\d+\.\d+/32 .* --dport 80 -j KUBE-SVC-\w+$",
+            r"--probability 0\.5\d* -j KUBE-SEP-\w+$",
+            r"-j DNAT --to-destination 10\.244\.\d+\.\d+:80$",
+        ),
+        like="iptables-save | grep default/node-port",
+    ),
+    Step(
+        "A packet from outside to NodePort 30080 of that node, rule by rule.",
+        "kdns rules -f examples | python examples/follow.py 203.0.113.7 192.168.77.1:30080",
+        (
+            r"^nat KUBE-NODEPORTS rule \d+: default/node-port -> KUBE-EXT-\w+$",
+            r"^nat KUBE-POSTROUTING rule \d+: .*: MASQUERADE$",
+            r"^(=> DNAT to 10\.244\.\d+\.\d+:80 \(50 %\), masqueraded\n?){2}",
+        ),
+    ),
+    Step(
+        "A packet from a pod to myservice, at the address of the first answer above. The pod's"
+        " own address is kept.",
+        "kdns rules -f examples | python examples/follow.py 10.244.1.5 {service}:8080",
+        (
+            r"^nat KUBE-SERVICES rule \d+: default/myservice:http cluster IP -> KUBE-SVC-\w+$",
+            r"^(=> DNAT to 10\.244\.\d+\.\d+:80 \(50 %\), source kept\n?){2}",
+        ),
+    ),
+    Step(
+        "Real connections through a real kernel, to a Service of every kind, in a network"
+        " namespace of its own. Which pod answered how often?",
+        "python examples/real_packets.py",
+        (
+            r"^default/node-port node port 192\.168\.77\.1:30080: 10\.244\.|^no real packets: ",
+            r"^default/load-bal loadbalancer IP 198\.51\.100\.88:80: 10\.244\.|needs root",
+        ),
+    ),
 )
 
 
@@ -250,13 +295,9 @@ def ask_all(environ: dict[str, str]) -> int:
         print(f"# {number}. {step.why}")
         if step.like:
             print(f"#    (as with: {step.like})")
-        print(f"$ {step.command}")
-        words = shlex.split(step.command)
-        done = subprocess.run(
-            [sys.executable, "-m", *words], cwd=PROJECT, env=environ, capture_output=True,
-            text=True, timeout=30, check=False,
-        )  # fmt: skip
-        output = done.stdout + done.stderr
+        command = step.command.replace("{service}", service)
+        print(f"$ {command}")
+        output, code = run(command, environ)
         print(output)
         if not service:
             found = re.search(r" IN A (\S+)$", output, re.MULTILINE)
@@ -265,11 +306,26 @@ def ask_all(environ: dict[str, str]) -> int:
         missing = [p for p in patterns if not re.search(p, output, re.MULTILINE)]
         for pattern in missing:
             print(f"walkthrough: this answer should have had: {pattern}")
-        if done.returncode != step.code:
-            print(f"walkthrough: left with {done.returncode}, should have been {step.code}")
-        if missing or done.returncode != step.code:
+        if code != step.code:
+            print(f"walkthrough: left with {code}, should have been {step.code}")
+        if missing or code != step.code:
             wrong += 1
     return wrong
+
+
+def run(command: str, environ: dict[str, str]) -> tuple[str, int]:
+    """Run programs, each with the output of the one before as its input; return what the last
+    one printed, and its exit code."""
+    output, code = "", 0
+    for part in command.split(" | "):
+        name, *words = shlex.split(part)
+        program = OURS.get(name, (name,))
+        done = subprocess.run(
+            [*program, *words], cwd=PROJECT, env=environ, capture_output=True, input=output,
+            text=True, timeout=RUN_SECONDS, check=False,
+        )  # fmt: skip
+        output, code = done.stdout + done.stderr, done.returncode
+    return output, code
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

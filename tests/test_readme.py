@@ -1,12 +1,17 @@
-"""What README.md and docs/ show is true: Corefiles, commands, output, lists of plugins."""
+"""What README.md and docs/ show is true: Corefiles, commands, output, lists of plugins, flags
+and metrics."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -19,10 +24,12 @@ PROJECT = Path(__file__).resolve().parent.parent
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 PLUGINS = (PROJECT / "docs/PLUGINS.md").read_text(encoding="utf-8")
 COREDNS = (PROJECT / "docs/COREDNS.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "CHANGELOG.md", "docs/COREDNS.md", "docs/DESIGN.md", "docs/PLUGINS.md")
+PROXY = (PROJECT / "docs/PROXY.md").read_text(encoding="utf-8")
+DOCUMENTS = ("README.md", "CHANGELOG.md", "docs/COREDNS.md", "docs/DESIGN.md", "docs/PLUGINS.md",
+             "docs/PROXY.md")  # fmt: skip
 
 # Commands that README says are planned; the others it shows are there.
-PLANNED = ("proxy", "up", "rules", "trace", "check")
+PLANNED = ("up", "trace", "check")
 # Words of NOT_HERE that are no plugins of CoreDNS's own repository, or keys' schemes.
 UNLISTED = frozenset(("grpc_server", "https", "https3", "autocert", "alternate", "fanout"))
 
@@ -54,15 +61,15 @@ COREFILES = [f for f in FENCES if f.language == "corefile"]
 CONSOLES = [f for f in FENCES if f.language == "console"]
 
 
-def typed(word: str) -> list[str]:
+def typed(word: str, document: str = README) -> list[str]:
     """Return every command line that starts with `word`: in consoles, also behind a pipe, and
     in running text and tables."""
     found = []
-    for fence in CONSOLES:
-        for line in fence.text.splitlines():
+    for fence in fences(document):
+        for line in fence.text.splitlines() if fence.language == "console" else ():
             if line.startswith("$ "):
                 found += [part.strip() for part in line[2:].split(" | ")]
-    outside = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
+    outside = re.sub(r"^```.*?^```$", "", document, flags=re.DOTALL | re.MULTILINE)
     found += re.findall(r"`([^`\n]+)`", outside)
     return [line for line in found if re.match(rf"(\w+=\S+ )*{word} ", line)]
 
@@ -106,7 +113,7 @@ def is_planned(words: list[str]) -> bool:
     return len(words) == 1 and words[0] in PLANNED
 
 
-COMMANDS = [shlex.split(line, comments=True) for line in typed("kdns")]
+COMMANDS = [shlex.split(line, comments=True) for line in [*typed("kdns"), *typed("kdns", PROXY)]]
 COMMANDS = [words[words.index("kdns") + 1 :] for words in COMMANDS]
 
 
@@ -138,14 +145,58 @@ def test_each_make_target_shown_is_there() -> None:
     assert {"demo", "test"} <= shown <= targets
 
 
+def demo_steps() -> list[Any]:
+    path = PROJECT / "examples/walkthrough.py"
+    spec = importlib.util.spec_from_file_location("walkthrough", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["walkthrough"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return list(module.STEPS)
+
+
 def test_the_demo_shown_is_the_demo() -> None:
-    walkthrough = (PROJECT / "examples/walkthrough.py").read_text()
+    steps = demo_steps()
     demo = next(f.text for f in CONSOLES if "expected ones" in f.text)
-    for why, command in re.findall(r"^# \d+\. (.*)\n(?:#.*\n)*\$ (.*)$", demo, re.MULTILINE):
-        assert f'"{why}"' in walkthrough
-        assert f'"{command}"' in walkthrough
-    steps = len(re.findall(r"^    Step\($", walkthrough, re.MULTILINE))
-    assert f"All {steps} answers are the expected ones." in demo
+    shown = re.findall(r"^# (\d+)\. (.*)\n(?:#.*\n)*\$ (.*)$", demo, re.MULTILINE)
+    assert len(shown) > 3
+    for number, why, command in shown:
+        step = steps[int(number) - 1]
+        assert (step.why, step.command) == (why, command)
+    assert f"All {len(steps)} answers are the expected ones." in demo
+
+
+def printed(command: str) -> str:
+    """Return what programs with pipes between them print, run in the project's folder."""
+    output = ""
+    for part in command.split(" | "):
+        name, *words = shlex.split(part)
+        program = {"kdns": [sys.executable, "-m", "kdns"], "python": [sys.executable]}
+        done = subprocess.run([*program.get(name, [name]), *words], cwd=PROJECT, input=output,
+                              capture_output=True, text=True, timeout=50, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        output = done.stdout
+    return output
+
+
+RULES = "kdns rules -f examples | "
+
+
+def test_the_rules_and_the_packet_shown_are_real() -> None:
+    shown = [f.text.removeprefix("$ ") for f in CONSOLES if f.text.startswith(f"$ {RULES}")]
+    commands = [text.split("\n", 1) for text in shown if text.count("\n") > 1]
+    said = [(command, output) for command, output in commands if output[:1] != "$"]
+    assert [command.split()[5] for command, _ in said] == ["grep", "python"]
+    for command, output in said:
+        assert printed(command) == output
+
+
+def test_the_demos_packet_lines_are_those_of_its_program() -> None:
+    demo = next(f.text for f in CONSOLES if "expected ones" in f.text)
+    command, lines = re.findall(r"^\$ (.*follow\.py.*)\n((?:(?!#).*\n)+)", demo, re.MULTILINE)[0]
+    real = printed(command).splitlines()
+    assert [line for line in lines.splitlines() if line != "..." and line not in real] == []
 
 
 # --- lists ----------------------------------------------------------------------------------
@@ -197,6 +248,60 @@ def test_the_reference_names_each_option(word: str, tmp_path: Path) -> None:
 def test_the_list_of_what_is_missing_is_whole() -> None:
     text = section(COREDNS, "### Not in kdns").split("- Plugins: ")[1].split(".\n", 1)[0]
     assert sorted(text.replace(",", "").split()) == sorted(NOT_HERE - UNLISTED)
+
+
+# --- the proxy's page -----------------------------------------------------------------------
+
+
+def test_proxy_page_names_each_flag_once() -> None:
+    from kdns.proxy.flags import FLAGS, NO_EFFECT
+
+    tables = section(PROXY, "## Flags and fields")
+    found = re.findall(r"`-{1,2}([a-z][a-z0-9-]*)`", tables)
+    shorts = {"f"}  # of --manifests
+    assert sorted(set(found) - shorts - {"config"}) == sorted(
+        ({one.name for one in FLAGS} | set(NO_EFFECT)) - {"config"}
+    )
+    named = [name for name in found if name not in ("config", "f")]
+    assert sorted(named) == sorted(set(named))
+
+
+def test_proxy_page_puts_flags_without_effect_where_they_belong() -> None:
+    from kdns.proxy.flags import FLAGS, NO_EFFECT
+
+    without = section(PROXY, "## Flags and fields").split("| accepted without effect |")[1]
+    names = set(re.findall(r"`-{1,2}([a-z][a-z0-9-]*)`", without))
+    silent = {one.name for one in FLAGS if "has no effect" in one.help}
+    assert silent | set(NO_EFFECT) <= names
+
+
+def test_proxy_page_names_each_metric() -> None:
+    """Every one that an agent registers, and no other."""
+    from kdns.agent import Agent
+    from kdns.kernel.conntrack import FlowCleaner
+    from kdns.kernel.healthcheck import NodeHttp
+    from kdns.kernel.iptables import IptablesDataplane
+    from kdns.kernel.programs import Programs
+    from kdns.kernel.sync import SyncLoop
+    from kdns.proxy.config import ProxyConfig
+    from kdns.proxy.options import Options
+    from kdns.registry.spec import ManifestSpec
+    from kdns.source.sink import Tally
+
+    agent = Agent(ProxyConfig(), ManifestSpec(("examples",)), "node1")
+    programs = Programs(4, "nft", (1, 8, 9), "iptables")
+    dataplane = IptablesDataplane(programs, Options(), agent.metrics)
+    SyncLoop(dataplane, 4, agent.metrics)
+    FlowCleaner(Options(), agent.metrics)
+    NodeHttp(ProxyConfig(), agent.metrics, agent.health)
+    Tally(agent.metrics)
+    named = re.findall(r"`((?:kubeproxy|kdns)_\w+)`", section(PROXY, "## Metrics"))
+    # Registered only when it runs.
+    late = {
+        "kdns_source_last_event_age_seconds",
+        "kubeproxy_sync_proxy_rules_no_local_endpoints_total",
+    }
+    assert sorted(named) == sorted(set(agent.metrics.families) | late)
 
 
 # --- links ----------------------------------------------------------------------------------
