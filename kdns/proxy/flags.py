@@ -78,7 +78,8 @@ _PORT = s.Whole(0, 65535)
 _NONE = "has no effect here"
 
 START, API, IDENTITY, MODE, HTTP, IPTABLES, IPVS, LOCALITY, NODE_PORTS, CONNTRACK, PROCESS, OWN = (
-    "Start", "API", "Identity", "Mode", "HTTP", "iptables", "ipvs", "Locality", "Node ports",
+    "Start", "API", "Identity", "Mode", "HTTP", "iptables",
+    "ipvs (a mode that is not in this version)", "Locality", "Node ports",
     "conntrack", "Process", "Not in kube-proxy",
 )  # fmt: skip
 
@@ -166,7 +167,8 @@ FLAGS: Final[tuple[Flag, ...]] = (
           "Of UDP flows with replies; 0 leaves it alone."),
     _sets("oom-score-adj", PROCESS, "oom_score_adj",
           "How gladly the kernel kills us when it is out of memory, -1000 to 1000."),
-    _sets("v", PROCESS, "logging.verbosity", "Verbosity of the log.", outlives_file=True),
+    _sets("v", PROCESS, "logging.verbosity", f"{_NONE}: there is one kind of log.",
+          outlives_file=True),
     _sets("logging-format", PROCESS, "logging.format", "Log as text or json.",
           outlives_file=True),
     _sets("feature-gates", PROCESS, "feature_gates", f"{_NONE}: what is there is on."),

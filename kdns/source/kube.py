@@ -376,7 +376,7 @@ class Access:
                     return await _from_kubeconfig(spec)
                 if spec.endpoint:
                     return await _from_endpoint(spec)
-                return await _from_cluster()
+                return await _from_cluster(spec)
         except SourceError:
             raise
         except TimeoutError:
@@ -386,6 +386,13 @@ class Access:
             # not as it should be, not only its ConfigException.
             where = spec.kubeconfig or spec.endpoint or "in-cluster configuration"
             raise Unreachable(f"{where}: {e or type(e).__name__}") from e
+
+
+# How to name a source: in a Corefile, and with the proxy's flags.
+_WAYS = (
+    "'kubeconfig FILE' or 'endpoint URL', or use 'manifests PATH'",
+    "--kubeconfig FILE or --master URL, or use --manifests PATH",
+)
 
 
 async def _from_endpoint(spec: KubeSpec) -> tuple[Way, float]:
@@ -405,11 +412,11 @@ async def _from_endpoint(spec: KubeSpec) -> tuple[Way, float]:
     return Way(url, await asyncio.to_thread(context)), FRESH
 
 
-async def _from_cluster() -> tuple[Way, float]:
+async def _from_cluster(spec: KubeSpec) -> tuple[Way, float]:
     if not os.environ.get("KUBERNETES_SERVICE_HOST"):
         raise Unreachable(
             "not in a cluster (KUBERNETES_SERVICE_HOST is not set): name one with"
-            " 'kubeconfig FILE' or 'endpoint URL', or use 'manifests PATH'"
+            f" {_WAYS[spec.only_forwarded]}"
         )
     config, client = await _kubernetes()
     configuration = client.Configuration()
