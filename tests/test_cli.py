@@ -132,7 +132,10 @@ def test_flags_from_the_environment(app: FakeApp, monkeypatch: pytest.MonkeyPatc
     ("line", "said"),
     [
         ("serv", "no command 'serv', did you mean 'serve'?"),
-        ("x", "no command 'x'; the commands are corefile, dump, proxy, query, rules, serve, version"),
+        (
+            "x",
+            "no command 'x'; the commands are corefile, dump, proxy, query, rules, serve, version",
+        ),
         ("-cnof f", "no flag '-cnof', did you mean '-conf'?"),
         ("-port 53", "no flag '-port', did you mean '-dns.port'?"),
         ("serve --dnsport=53", "no flag '--dnsport', did you mean '--dns.port'?"),
