@@ -43,7 +43,7 @@ from kdns.registry.objects import EndpointSlice, Key, Node
 from kdns.registry.snapshot import Changes, Snapshot, everything
 from kdns.registry.spec import KubeSpec, ManifestSpec
 from kdns.registry.store import Store
-from kdns.runtime import collect_rarely, raise_file_limit, settle_memory
+from kdns.runtime import collect_rarely, raise_file_limit, settle_memory, take_turns_often
 from kdns.source.follow import follow, list_once
 
 log = logging.getLogger("kdns.proxy")
@@ -634,6 +634,7 @@ def _run(make: Callable[[], Agent]) -> None:
 
     raise_file_limit()
     collect_rarely()
+    take_turns_often()
     asyncio.run(main())
 
 

@@ -495,7 +495,7 @@ def test_what_could_not_be_cleaned_is_cleaned_later(
     stage: Stage, answered: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An endpoint that came and went while the kernel could not be asked."""
-    monkeypatch.setattr("kdns.kernel.netlink.NETLINK_NETFILTER", 999)  # no such protocol
+    monkeypatch.setattr("kdns.kernel.netlink.Netfilter.protocol", 999)  # no such protocol
     assert stage.sync(stage.port(stage.net.b)) == Cleaned(0, False)
     monkeypatch.undo()
     assert stage.clean() == Cleaned(1, True)

@@ -33,7 +33,7 @@ from kdns.kernel.programs import (
     parse_version,
 )
 from kdns.metrics import Metrics
-from kdns.proxy.iptables import IptablesRules, jumps
+from kdns.proxy.iptables import Entry, IptablesRules, jumps
 from kdns.proxy.options import Detector, Family, Options
 from kdns.proxy.table import Forwarding, ForwardingTable
 from kdns.registry.endpoints import Endpoint
@@ -76,11 +76,18 @@ COMMIT
 SUBNET: Mapping[Family, str] = {4: "10.1.0.0/16", 6: "fd01::/64"}
 
 
-def mark(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Run on both variants, where there is root and the programs."""
-    for one in kernel:
-        function = one(function)
-    return function
+def all_of(
+    marks: Iterable[pytest.MarkDecorator],
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        for one in marks:
+            function = one(function)
+        return function
+
+    return mark
+
+
+mark = all_of(kernel)  # on both variants, where there is root and the programs
 
 
 class Node:
@@ -271,6 +278,129 @@ def test_many_services_in_chunks_are_the_same_rules(
     assert node.saved(chunked.programs) == saved
 
 
+class BadChunk(IptablesRules):
+    """The real rules in chunks, but the text of that number holds a line nobody knows.
+
+    given -- texts asked for so far
+    """
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self.bad: int | None = None
+        self.given = 0
+
+    def chunks(
+        self,
+        services: int,
+        stale: Iterable[str] = (),
+        entry: Entry = {},  # noqa: B006
+    ) -> Iterator[str]:
+        for number, text in enumerate(super().chunks(services, stale, entry)):
+            self.given = number + 1
+            yield text if number != self.bad else text.replace("COMMIT\n", "nonsense\nCOMMIT\n")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdns.kernel.iptables.LARGE", 60)
+    monkeypatch.setattr("kdns.kernel.iptables.CHUNK", 20)
+
+
+def led_to(saved: Mapping[str, list[str]]) -> set[str]:
+    """Return the chains that KUBE-SERVICES and the chains behind it lead to."""
+    targets: dict[str, set[str]] = {}
+    for line in saved["*nat"]:
+        words = line.split()
+        if words[0] == "-A" and words[-2] == "-j":
+            targets.setdefault(words[1], set()).add(words[-1])
+    found, todo = set[str](), ["KUBE-SERVICES"]
+    while todo:
+        chain = todo.pop()
+        todo += targets.get(chain, set()) - found
+        found |= targets.get(chain, set())
+    return {chain for chain in found if chain.startswith("KUBE-S")}
+
+
+@pytest.mark.parametrize("bad", range(10))
+@all_of(needs_kernel)
+def test_chunks_that_fail_halfway_leave_every_service_working(
+    node: Node, small_chunks: None, bad: int
+) -> None:
+    """Over older rules with other endpoints: each Service has its old ones or its new ones."""
+    rules = BadChunk(options_of(4))
+    dataplane = IptablesDataplane(node.programs("nft"), options_of(4), rules=rules)
+    sync(dataplane, table_of(*(service(n, 2) for n in range(1, 30))))
+    before = node.saved(dataplane.programs)
+    after = table_of(*(service(n, 2, first=7) for n in range(1, 30)))
+    rules.bad = bad
+    with pytest.raises(ApplyError, match="nonsense"):
+        sync(dataplane, after)
+    assert rules.given > bad
+    saved = node.saved(dataplane.programs)
+    services = [line for line in saved["*nat"] if line.startswith("-A KUBE-SERVICES ")]
+    assert services == [line for line in before["*nat"] if line.startswith("-A KUBE-SERVICES ")]
+    filled = {line.split()[1] for line in saved["*nat"] if line.startswith("-A KUBE-S")}
+    assert led_to(saved) <= filled
+    assert len({chain for chain in led_to(saved) if "-SEP-" in chain}) == 2 * 29
+    rules.bad = None
+    sync(dataplane, after, full=False)
+    assert asyncio.run(dataplane.verify())
+    assert "10.244.9.1:8080" not in str(node.saved(dataplane.programs))
+
+
+@pytest.mark.parametrize("bad", (0, 4, 9))
+@all_of(needs_kernel)
+def test_a_first_start_in_chunks_that_fails_leads_no_packet_anywhere(
+    node: Node, small_chunks: None, bad: int
+) -> None:
+    rules = BadChunk(options_of(4))
+    rules.bad = bad
+    dataplane = IptablesDataplane(node.programs("nft"), options_of(4), rules=rules)
+    with pytest.raises(ApplyError, match="nonsense"):
+        sync(dataplane, table_of(*(service(n, 2) for n in range(1, 30))))
+    text = node.run("iptables-nft-save")
+    assert not [
+        line for line in text.splitlines() if line.startswith(("-A PRE", "-A OUT", "-A IN"))
+    ]
+
+
+@mark
+def test_a_first_start_that_fails_leaves_nothing(node: Node, variant: Variant) -> None:
+    """Chains and the jumps to them come together or not at all."""
+    rules = BadLine(options_of(4))
+    rules.bad = "nonsense\n"
+    dataplane = IptablesDataplane(node.programs(variant), options_of(4), rules=rules)
+    with pytest.raises(ApplyError, match="nonsense"):
+        sync(dataplane, first_table())
+    assert not [line for line in node.saved(dataplane.programs).get("*nat", ()) if "KUBE-" in line]
+
+
+@all_of(needs_kernel)
+def test_both_families_and_somebody_else_at_once(node: Node, small_chunks: None) -> None:
+    """All of them change one rule set of the kernel; each transaction finds another's done."""
+    tables: dict[Family, ForwardingTable] = {
+        4: table_of(*(service(n, 2) for n in range(1, 60))),
+        6: table_of(*(service(n, 2, 6) for n in range(1, 60)), family=6),
+    }
+    planes = {family: dataplane_of(node, "nft", family) for family in tables}
+
+    async def start() -> None:
+        syncs = [
+            plane.sync(tables[f], tuple(tables[f].services), True) for f, plane in planes.items()
+        ]
+        other = [planes[4].programs.restore(f"*raw\n:OWN-{n} - [0:0]\nCOMMIT\n") for n in range(9)]
+        await asyncio.gather(*syncs, *other)
+
+    asyncio.run(start())
+    for family, plane in planes.items():
+        assert asyncio.run(plane.verify())
+        whole = IptablesRules(options_of(family))
+        whole.update(tables[family], None)
+        rules = [line for line in node.saved(plane.programs)["*nat"] if line.startswith("-A KUBE-")]
+        assert len(rules) == whole.counts()["nat"]
+    assert sum(line.startswith(":OWN-") for line in node.saved(planes[4].programs)["*raw"]) == 9
+
+
 # --- what others do -------------------------------------------------------------------
 
 DAMAGE = {
@@ -379,9 +509,9 @@ class BadLine(IptablesRules):
         at = text.index("COMMIT\n", text.index("*nat"))
         return text[:at] + self.bad + text[at:]
 
-    def full(self, stale: Iterable[str] = ()) -> str:
+    def full(self, stale: Iterable[str] = (), entry: Entry = {}) -> str:  # noqa: B006
         self.asked.append("full")
-        return self._spoilt(super().full(stale))
+        return self._spoilt(super().full(stale, entry))
 
     def partial(self) -> str:
         self.asked.append("partial")

@@ -1,8 +1,8 @@
 """Netlink: questions to the kernel, and the node's addresses.
 
-Carries messages; what the ones about flows mean is conntrack.py's. Addresses and routes are
-asked for rarely, so pyroute2 does it, imported only then (0.3 s, 20 MB). All calls block, and
-act in the network namespace of the thread that calls.
+Carries messages; what the ones about flows mean is conntrack.py's. For the few that are needed
+pyroute2 would cost a start 0.1 s and 10 MB. All calls block, and act in the network namespace
+of the thread that calls.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from kdns.errors import ApplyError
 from kdns.proxy.options import Family
 
 # linux/netlink.h
-NETLINK_NETFILTER = 12
+NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x4, 0x10, 0x300
 NESTED = 0x8000  # NLA_F_NESTED
@@ -67,10 +67,13 @@ class Message(NamedTuple):
 class Netfilter:
     """A socket to the kernel's netfilter; `purpose` is told in errors. A context manager."""
 
+    protocol = NETLINK_NETFILTER
+    remedies: Mapping[int, str] = REMEDIES
+
     def __init__(self, purpose: str) -> None:
         self.purpose = purpose
         try:
-            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, self.protocol)
             self._socket.bind((0, 0))
         except OSError as e:
             raise self._refused(e.errno or 0) from None
@@ -127,7 +130,7 @@ class Netfilter:
             raise self._refused(e.errno or 0) from None
 
     def _refused(self, code: int) -> NetlinkError:
-        return NetlinkError(self.purpose, code, REMEDIES.get(code, ""))
+        return NetlinkError(self.purpose, code, self.remedies.get(code, ""))
 
 
 def message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
@@ -179,8 +182,26 @@ def _error_in(datagram: bytes) -> int:
 
 # --- the node's addresses ----------------------------------------------------------------------
 
-RTN_LOCAL, IFA_F_TENTATIVE, IFA_F_TEMPORARY = 2, 0x40, 0x01
+# linux/rtnetlink.h, linux/if_addr.h
+RTM_NEWADDR, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE = 20, 22, 24, 26
+RTN_UNICAST, RTN_LOCAL = 1, 2
 RT_SCOPE_UNIVERSE = 0
+IFA_F_TENTATIVE, IFA_F_TEMPORARY = 0x40, 0x01
+IFA_ADDRESS, IFA_LOCAL = 1, 2
+RTA_DST, RTA_OIF, RTA_PRIORITY, RTA_PREFSRC = 1, 4, 6, 7
+_NUMBER: Mapping[Family, int] = {4: socket.AF_INET, 6: socket.AF_INET6}
+
+_ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, interface
+# rtmsg: family, lengths of destination and source, TOS, table, protocol, scope, type, flags
+_ROUTE = struct.Struct("=BBBBBBBBI")
+_U32 = struct.Struct("=I")
+
+
+class _Routing(Netfilter):
+    """A socket to the kernel's addresses and routes."""
+
+    protocol = NETLINK_ROUTE
+    remedies: Mapping[int, str] = {}
 
 
 class NodeAddress(NamedTuple):
@@ -193,26 +214,41 @@ class NodeAddress(NamedTuple):
     universal: bool
 
 
+class _Route(NamedTuple):
+    """kind -- RTN_; destination, source, interface -- "" or 0 where it has none."""
+
+    kind: int
+    destination: str
+    length: int
+    source: str
+    interface: int
+    priority: int
+
+
 def node_addresses(family: Family) -> tuple[NodeAddress, ...]:
     """Return the addresses of all interfaces, in the kernel's order. Raises NetlinkError."""
     found = []
-    for one in _routing("list the node's addresses", "get_addr", family):
+    asked = _listed("list the node's addresses", family, RTM_GETADDR, RTM_NEWADDR, _ADDRESS)
+    for (_, prefix, flags, scope, index), values in asked:
         # The address itself; IFA_ADDRESS is the other end of a point-to-point link.
-        address = one.get("local") or one.get("address")
+        address = _text(values.get(IFA_LOCAL) or values.get(IFA_ADDRESS))
         if address:
-            passing = (one.get("flags") or 0) & (IFA_F_TENTATIVE | IFA_F_TEMPORARY)
-            universal = one["scope"] == RT_SCOPE_UNIVERSE and not (family == 6 and passing)
-            name = _interface(one["index"])
-            found.append(NodeAddress(name, str(address), one["prefixlen"], universal))
+            passing = flags & (IFA_F_TENTATIVE | IFA_F_TEMPORARY)
+            universal = scope == RT_SCOPE_UNIVERSE and not (family == 6 and passing)
+            found.append(NodeAddress(_interface(index), address, prefix, universal))
     return tuple(found)
 
 
 def local_networks(family: Family) -> tuple[str, ...]:
     """Return what `-m addrtype --dst-type LOCAL` matches: the destinations of local routes, as
     CIDRs ("127.0.0.0/8"). Raises NetlinkError."""
-    routes = _routing("list the node's local routes", "get_routes", family, type=RTN_LOCAL)
+    routes = _routes("list the node's local routes", family)
     return tuple(
-        sorted(f"{route.get('dst')}/{route['dst_len']}" for route in routes if route.get("dst"))
+        sorted(
+            f"{route.destination}/{route.length}"
+            for route in routes
+            if route.kind == RTN_LOCAL and route.destination
+        )
     )
 
 
@@ -224,15 +260,15 @@ def default_address(family: Family) -> str:
     """
     defaults = [
         route
-        for route in _routing("list the node's routes", "get_routes", family)
-        if route["dst_len"] == 0 and route.get("oif") and route["type"] == 1
+        for route in _routes("list the node's routes", family)
+        if route.length == 0 and route.interface and route.kind == RTN_UNICAST
     ]
     if not defaults:
         return ""
-    best = min(defaults, key=lambda route: route.get("priority") or 0)
-    if best.get("prefsrc"):
-        return str(best.get("prefsrc"))
-    interface = _interface(best.get("oif"))
+    best = min(defaults, key=lambda route: route.priority)
+    if best.source:
+        return best.source
+    interface = _interface(best.interface)
     return next(
         (
             one.address
@@ -243,18 +279,49 @@ def default_address(family: Family) -> str:
     )
 
 
-def _routing(purpose: str, method: str, family: Family, **match: int) -> list[Any]:
-    from pyroute2 import IPRoute
-    from pyroute2.netlink.exceptions import NetlinkError as Refused
+def _routes(purpose: str, family: Family) -> Iterator[_Route]:
+    """Yield the routes of all tables."""
+    for head, values in _listed(purpose, family, RTM_GETROUTE, RTM_NEWROUTE, _ROUTE):
+        yield _Route(
+            head[7],
+            _text(values.get(RTA_DST)),
+            head[1],
+            _text(values.get(RTA_PREFSRC)),
+            _number(values.get(RTA_OIF)),
+            _number(values.get(RTA_PRIORITY)),
+        )
 
-    try:
-        with IPRoute() as link:
-            number = socket.AF_INET if family == 4 else socket.AF_INET6
-            return list(getattr(link, method)(family=number, **match))
-    except Refused as e:
-        raise NetlinkError(purpose, e.code) from None
-    except OSError as e:
-        raise NetlinkError(purpose, e.errno or 0) from None
+
+def _listed(
+    purpose: str, family: Family, question: int, answer: int, shape: struct.Struct
+) -> Iterator[tuple[tuple[int, ...], dict[int, bytes]]]:
+    """Yield the head, as `shape` has it, and the attributes of all that the kernel lists."""
+    body = _NUMBER[family].to_bytes(1, "little") + bytes(shape.size - 1)
+    with _Routing(purpose) as link:
+        for datagram in link.dump(question, body):
+            for one in messages(datagram):
+                if one.kind == NLMSG_DONE:
+                    return
+                if one.kind != answer or one.end - one.start < shape.size:
+                    continue
+                head = shape.unpack_from(datagram, one.start)
+                if head[0] == _NUMBER[family]:
+                    found = attributes(datagram, one.start + shape.size, one.end)
+                    yield head, {number: datagram[a:b] for number, (a, b) in found.items()}
+
+
+def _text(octets: bytes | None) -> str:
+    """Return an address as it is written; "" if it is none."""
+    match len(octets or b""):
+        case 4:
+            return socket.inet_ntop(socket.AF_INET, octets or b"")
+        case 16:
+            return socket.inet_ntop(socket.AF_INET6, octets or b"")
+    return ""
+
+
+def _number(octets: bytes | None) -> int:
+    return int(_U32.unpack(octets)[0]) if octets and len(octets) == _U32.size else 0
 
 
 def _interface(index: int) -> str:

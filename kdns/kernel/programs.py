@@ -39,6 +39,7 @@ SAVE_TIMEOUT = 60.0
 VERSION_TIMEOUT = 10.0
 MAX_OUTPUT = 256 << 20  # octets; 80,000 rules are 12 MiB
 MAX_STDERR = 64 << 10
+PIECE = 256 << 10  # characters of a text that are encoded at a time; they take 0.1 ms
 
 # kubelet's chains in mangle say which variant it found (reference 1.2).
 HINTS = (b":KUBE-IPTABLES-HINT ", b":KUBE-KUBELET-CANARY ")
@@ -294,11 +295,9 @@ def _written(file: BinaryIO) -> int:
 
 
 def _input(text: str) -> BinaryIO:
-    fd = os.memfd_create("input", os.MFD_CLOEXEC)
-    file = os.fdopen(fd, "w+b", buffering=0)
-    left = memoryview(text.encode())
-    while left:
-        left = left[file.write(left) :]
+    file = os.fdopen(os.memfd_create("input", os.MFD_CLOEXEC), "w+b")
+    for start in range(0, len(text), PIECE):  # a copy of all of it might be 10 MB
+        file.write(text[start : start + PIECE].encode())
     file.seek(0)
     return file
 
@@ -333,7 +332,9 @@ async def _wait(
     output: BinaryIO,
     errors: BinaryIO,
 ) -> int:
-    source = None if text is None else await asyncio.to_thread(_input, text)
+    source = None
+    if text is not None:
+        source = _input(text) if len(text) <= PIECE else await asyncio.to_thread(_input, text)
     try:
         process = await asyncio.create_subprocess_exec(
             *argv,

@@ -31,9 +31,12 @@ from kdns.registry.objects import Key
 __all__ = [
     "LARGE",
     "SERVICE_CHAINS",
+    "Entry",
     "IptablesRules",
     "RuleSet",
+    "fixed_chains",
     "jumps",
+    "render_entry",
     "render_rules",
 ]
 
@@ -48,6 +51,10 @@ LARGE: Final = 1000
 MAX_DELETED: Final = 50
 MAX_INSERTED: Final = 500
 
+# What else a full text shall do: table -> lines that declare chains, and lines that add rules
+# which may jump to any chain of ours.
+Entry: TypeAlias = Mapping[str, tuple[str, str]]
+
 # name, protocol, how manieth of that Service port, rule without "-A CHAIN ": sorts as the chain.
 _Rule: TypeAlias = tuple[str, str, int, str]
 
@@ -60,6 +67,7 @@ class _Holding(NamedTuple):
 
 
 _NOTHING: Final = _Holding((), ())
+_NO_ENTRY: Final[Entry] = {}
 
 
 class _SharedChain:
@@ -192,41 +200,48 @@ class IptablesRules:
             if (shared, rule) not in kept:
                 self._shared[shared].add(rule)
 
-    def full(self, stale: Iterable[str] = ()) -> str:
+    def full(self, stale: Iterable[str] = (), entry: Entry = _NO_ENTRY) -> str:
         """Return the restore text (--noflush) that puts all chains as they must be.
 
         stale -- per-service chains of the nat table that the kernel holds besides ours; those
                  we do not want are removed
+        entry -- what else to do in the same transactions
         """
         filters, nat = _Section("filter"), _Section("nat")
         self._write_fixed(filters, nat)
         self._write_services(nat, sorted(self._holdings))
         self._write_shared(filters, nat)
         self._drop(nat, stale)
-        return filters.text() + nat.text()
+        return _text(filters, nat, entry)
 
-    def chunks(self, services: int, stale: Iterable[str] = ()) -> Iterator[str]:
+    def chunks(
+        self, services: int, stale: Iterable[str] = (), entry: Entry = _NO_ENTRY
+    ) -> Iterator[str]:
         """Yield the same as full() in several texts, the chains of `services` Services each.
 
         Nothing jumps to them until the last text writes the shared chains: so each text may
         be its own transaction (reference 5.2: iptables-nft is super-linear in one). Nor is
         anything in the way where the kernel holds older rules: the chains of one Service are
         exchanged in one transaction, and what old rules may still jump to goes in the last.
+        The first text comes before, the last after all others; those between have no chain in
+        common and come in any order, even at once.
         """
         keys = sorted(self._holdings)
         if len(keys) <= services:
-            yield self.full(stale)
+            yield self.full(stale, entry)
             return
         for start in range(0, len(keys), services):
             filters, nat = _Section("filter"), _Section("nat")
             if not start:  # the others jump to KUBE-MARK-MASQ
                 self._write_fixed(filters, nat)
             self._write_services(nat, keys[start : start + services])
-            yield filters.text() + nat.text()
+            text = _text(filters, nat)
+            if text:  # not if no Service of the chunk has an endpoint
+                yield text
         filters, nat = _Section("filter"), _Section("nat")
         self._write_shared(filters, nat)
         self._drop(nat, stale)
-        yield filters.text() + nat.text()
+        yield _text(filters, nat, entry)
 
     def partial(self) -> str:
         """Return the restore text of what differs from what was last committed; "" if nothing
@@ -247,7 +262,7 @@ class IptablesRules:
             elif shared.gone or shared.new:
                 section.lines(shared.single())
         self._drop(nat, ())
-        return filters.text() + nat.text()
+        return _text(filters, nat)
 
     def committed(self) -> None:
         """Note that the kernel now holds what is wanted."""
@@ -303,10 +318,10 @@ class _Section:
     to delete is emptied by its own chain line, so that it lets go of those it jumps to.
     """
 
-    __slots__ = ("_chains", "_dropped", "_lines", "_table")
+    __slots__ = ("_chains", "_dropped", "_lines", "table")
 
     def __init__(self, table: str) -> None:
-        self._table = table
+        self.table = table
         self._chains: list[str] = []
         self._lines: list[str] = []
         self._dropped: list[str] = []
@@ -324,11 +339,33 @@ class _Section:
         self._chains.append(f":{name} - [0:0]\n")
         self._dropped.append(f"-X {name}\n")
 
-    def text(self) -> str:
-        if not self._chains and not self._lines:
-            return ""
-        body = (*self._chains, *self._lines, *self._dropped)
-        return f"*{self._table}\n{''.join(body)}COMMIT\n"
+    def pieces(self, entry: tuple[str, str] = ("", "")) -> Iterator[str]:
+        """Yield what its text consists of, with `entry` in it; nothing if it says nothing."""
+        declared, added = entry
+        if self._chains or self._lines or declared or added:
+            yield f"*{self.table}\n"
+            yield declared
+            yield from self._chains
+            yield from self._lines
+            yield from self._dropped
+            yield f"{added}COMMIT\n"
+
+
+def _text(filters: _Section, nat: _Section, entry: Entry = _NO_ENTRY) -> str:
+    """Return the text of all sections, and of `entry` in them."""
+    sections = {section.table: section for section in (filters, nat)}
+    # One join, as the whole may be 10 MB.
+    pieces = [render_entry({t: lines for t, lines in entry.items() if t not in sections})]
+    for table, section in sections.items():
+        pieces.extend(section.pieces(entry.get(table, ("", ""))))
+    return "".join(pieces)
+
+
+def render_entry(entry: Entry) -> str:
+    """Return `entry` as a restore text of its own."""
+    return "".join(
+        [f"*{table}\n{declared}{added}COMMIT\n" for table, (declared, added) in entry.items()]
+    )
 
 
 def render_rules(table: ForwardingTable, options: Options) -> str:

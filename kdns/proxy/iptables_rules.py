@@ -11,7 +11,6 @@ concerned are written plain, and NodePorts need no rule of their own for 127.0.0
 from __future__ import annotations
 
 import re
-from base64 import b32encode
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from hashlib import sha256
@@ -55,13 +54,19 @@ class Spelt(NamedTuple):
     shared: list[tuple[Shared, str]]
 
 
+# Ten bits -> two characters of base32 (RFC 4648 section 6).
+_LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+_BASE32: Final = [high + low for high in _LETTERS for low in _LETTERS]
+
+
 def chain_hash(text: str) -> str:
     """Return how the name of a chain ends that stands for `text` (reference 1.2).
 
     text -- Forwarding.name and protocol, and for KUBE-SEP "ip:port", without anything between
     """
-    # Ten bytes are sixteen characters of base32, and no padding.
-    return b32encode(sha256(text.encode()).digest()[:10]).decode()
+    # Ten bytes are sixteen characters of base32, and no padding; b32encode takes twice as long.
+    bits = int.from_bytes(sha256(text.encode()).digest()[:10], "big")
+    return "".join([_BASE32[bits >> shift & 1023] for shift in range(70, -1, -10)])
 
 
 @lru_cache(maxsize=1024)  # of endpoints behind one Service port; all have the same few

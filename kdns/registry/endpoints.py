@@ -238,15 +238,19 @@ def _rank(e: Endpoint) -> tuple[object, ...]:
     return not e.terminating, e.ready, e.serving, e.local, e.for_nodes, e.for_zones
 
 
-@lru_cache(maxsize=_ADDRESSES_KNOWN)
 def canonical_address(text: str) -> tuple[int, str] | None:
     """Return (4 or 6, the address as it is always written); None if it is not an address.
 
     As kube-proxy reads them: leading zeros of IPv4 do not make a number octal, an IPv6
     address that stands for an IPv4 one is that, and one with a scope ("%eth0") is none.
     """
-    if _IPV4.fullmatch(text):  # most are, and ipaddress takes five times as long
+    if _IPV4.fullmatch(text):  # most are: this is as fast as remembering them, and needs less
         return 4, text
+    return _canonical(text)
+
+
+@lru_cache(maxsize=_ADDRESSES_KNOWN)
+def _canonical(text: str) -> tuple[int, str] | None:
     try:
         address = ipaddress.IPv6Address(text)
     except ValueError:
