@@ -30,6 +30,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +42,10 @@ T = TypeVar("T")
 Outcome: TypeAlias = Literal["answered", "refused", "timeout", "unreachable"] | str
 
 # The longest a request waits for its answer, in seconds. Where an answer is to come it is
-# only spent when something is broken; where none is to come it is spent each time.
+# only spent when something is broken; where none is to come it is spent each time. An answer
+# takes 0.2 ms here.
 PATIENCE = 5.0
-SILENCE = 0.3
+SILENCE = 0.15
 
 CLUSTER_CIDR = {4: "10.244.0.0/16", 6: "fd00:10:244::/56"}
 NODE_NAME = "node1"
@@ -145,6 +147,7 @@ class NetCluster:
     def __init__(self) -> None:
         self.lines: dict[str, socket.socket] = {}
         self.files: dict[str, Any] = {}
+        self.turns = {name: threading.Lock() for name in NAMES}
         self.pids: dict[str, int] = {}
         self.process: subprocess.Popen[str] | None = None
         self.own_user = os.geteuid() != 0
@@ -187,13 +190,15 @@ class NetCluster:
     def request(self, where: str, do: str, **arguments: Any) -> Any:
         """Have the process in namespace `where` do something; return what it returned.
 
+        Threads that ask the same namespace wait for each other.
         Raises OSError if it failed, Unavailable if the process is gone.
         """
         file = self.files[where]
         try:
-            file.write(json.dumps({"do": do, **arguments}) + "\n")
-            file.flush()
-            line = file.readline()
+            with self.turns[where]:
+                file.write(json.dumps({"do": do, **arguments}) + "\n")
+                file.flush()
+                line = file.readline()
         except OSError as error:
             raise Unavailable(self._last_words(where, str(error))) from error
         if not line:
@@ -419,13 +424,12 @@ class NetCluster:
             ]
 
     def _listen(self) -> None:
-        protocols = ["tcp", "udp"] + (["sctp"] if has_sctp() else [])
         places = [(name, 1, PODS[name]) for name in ("pod-a", "pod-b")]
         for name, node, numbers in [*places, ("node2", 2, REMOTE_PODS)]:
             for number in numbers:
                 for family in (4, 6):
                     for port in ENDPOINT_PORTS:
-                        for protocol in protocols:
+                        for protocol in ("tcp", "udp", "sctp"):
                             self.request(
                                 name, "listen", protocol=protocol,
                                 ip=pod(number, family, node), port=port,
@@ -456,15 +460,6 @@ def _move_to(pid: int, kinds: Iterable[str]) -> None:
             if libc.setns(namespace.fileno(), 0) != 0:
                 code = ctypes.get_errno()
                 raise OSError(code, f"setns to {namespace.name}: {os.strerror(code)}")
-
-
-def has_sctp() -> bool:
-    """True if this kernel has SCTP sockets."""
-    try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, 132).close()
-    except OSError:
-        return False
-    return True
 
 
 def enough(endpoints: int) -> int:

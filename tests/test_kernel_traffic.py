@@ -13,14 +13,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from fractions import Fraction
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import msgspec
 import pytest
-from forwarding import cluster_objects, endpoint, exposed, slice_of, snapshot_of
+from forwarding import cluster_objects, exposed, slice_of, snapshot_of
 from netcluster import (
     BRIDGE_ADDRESS,
     CLUSTER_CIDR,
@@ -34,11 +33,38 @@ from netcluster import (
     Reply,
     Unavailable,
     enough,
-    has_sctp,
-    lan,
     pod,
 )
 from objects import external
+from traffic import (
+    CLUSTER_IP,
+    DROPPED,
+    EXTERNAL_IP,
+    FAMILIES,
+    GONE,
+    LB_IP,
+    LB_NODE_PORT,
+    LEAVING,
+    NODE_PORT,
+    PASSED,
+    PORT,
+    READY,
+    REFUSED,
+    TARGET,
+    WHERE,
+    Fate,
+    Served,
+    at,
+    backed,
+    cluster_or_skip,
+    fate_of,
+    frontends,
+    on,
+    own_address,
+    place,
+    served,
+    web,
+)
 
 from kdns.kernel.conntrack import Cleaned, FlowCleaner
 from kdns.metrics import Metrics
@@ -47,61 +73,10 @@ from kdns.proxy.iptables import IptablesRules, render_rules
 from kdns.proxy.options import Detector, Family, NodeView, Options
 from kdns.proxy.ruleset import Ruleset
 from kdns.proxy.table import ForwardingTable, TableCompiler
-from kdns.registry.objects import EndpointSlice, Object, Service
+from kdns.registry.objects import Object, Service
 from kdns.registry.snapshot import Changes, Snapshot, everything
 
-FAMILIES: tuple[Family, ...] = (4, 6)
-
-# The frontends of the scenarios' Service, in both families.
-CLUSTER_IP = {4: "10.96.0.80", 6: "fd00:10:96::80"}
-LB_IP = {4: "192.0.2.60", 6: "2001:db8:2::60"}
-EXTERNAL_IP = {4: "192.0.2.99", 6: "2001:db8:2::99"}
-NODE_PORT = 30080
-LB_NODE_PORT = 30088
-PORT = 80
-TARGET = 8080
-
-WHERE = {"pod": "client", "node": "node", "localhost": "node", "outside": "outside"}
-
-
-# --- What became of a request -----------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """Some endpoint answered. endpoints -- "ip:port" -> it sees an address of the node in place
-    of the client's"""
-
-    endpoints: Mapping[str, bool]
-
-
-# A port unreachable at once; silence; nobody felt responsible, and it left for the gateway.
-REFUSED, DROPPED, PASSED = "refused", "dropped", "passed"
-Fate: TypeAlias = Served | str
-VERDICTS = {"refused": REFUSED, "timeout": DROPPED, "unreachable": PASSED}
-
-
-def at(number: int, family: int = 4, node: int = 1, port: int = TARGET) -> str:
-    """Return an endpoint as "ip:port"."""
-    ip = pod(number, family, node)
-    return f"[{ip}]:{port}" if family == 6 else f"{ip}:{port}"
-
-
-def served(*endpoints: str, masquerade: bool) -> Served:
-    return Served(dict.fromkeys(endpoints, masquerade))
-
-
-def fate_of(replies: list[Reply]) -> Fate:
-    """Return what became of equal requests."""
-    outcomes = {reply.outcome for reply in replies}
-    if outcomes != {"answered"}:
-        return " or ".join(sorted(VERDICTS.get(outcome, outcome) for outcome in outcomes))
-    found: dict[str, bool] = {}
-    for reply in replies:
-        # Where the node asks another node only the port tells, and it is random: by chance it
-        # may be the client's own.
-        found[reply.at] = found.get(reply.at, False) or reply.masqueraded
-    return Served(found)
+# --- What the packet walker says ---------------------------------------------------------------
 
 
 def fate_in(ways: tuple[packet.Outcome, ...]) -> Fate:
@@ -279,20 +254,9 @@ class Site:
         return replies
 
 
-def own_address(origin: str, family: Family) -> str:
-    if origin == "localhost":
-        return "127.0.0.1"
-    where = WHERE.get(origin, origin)
-    return pod(PODS[where][0], family) if where in PODS else lan(where, family)
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[NetCluster]:
-    try:
-        made = NetCluster().__enter__()
-    except Unavailable as error:
-        pytest.skip(f"no network namespaces here: {error}")
-    with made:
+    with cluster_or_skip() as made:
         yield made
 
 
@@ -312,59 +276,6 @@ def site(request: pytest.FixtureRequest, cluster: NetCluster) -> Iterator[Site]:
 def family(request: pytest.FixtureRequest) -> Family:
     one: Family = request.param
     return one
-
-
-# --- Objects ----------------------------------------------------------------------------------
-
-
-def web(family: Family = 4, *, protocol: str = "TCP", **more: Any) -> Service:
-    """A Service with every kind of frontend."""
-    settings: dict[str, Any] = {
-        "node_port": NODE_PORT,
-        "vips": [LB_IP[family]],
-        "externalIPs": [EXTERNAL_IP[family]],
-        "ports": [("http", PORT, protocol)],
-        **more,
-    }
-    return exposed("web", ip=CLUSTER_IP[family], **settings)
-
-
-def backed(
-    *endpoints: dict[str, Any], family: Family = 4, owner: str = "web", protocol: str = "TCP"
-) -> EndpointSlice:
-    kind = "IPv6" if family == 6 else "IPv4"
-    ports = [("http", TARGET, protocol)]
-    return slice_of(owner, *endpoints, ports=ports, family=kind)
-
-
-def on(
-    node: int, number: int, family: Family = 4, conditions: Mapping[str, bool] | None = None
-) -> dict[str, Any]:
-    """An endpoint on node 1 (ours) or 2; conditions -- ready, serving, terminating."""
-    more: dict[str, Any] = {"conditions": dict(conditions)} if conditions else {}
-    return endpoint(pod(number, family, node), nodeName=f"node{node}", **more)
-
-
-def frontends(family: Family, *, cluster_ip: bool = True) -> list[tuple[str, str, int]]:
-    """(kind, address, port) of web()'s frontends."""
-    inner = [("cluster IP", CLUSTER_IP[family], PORT)] if cluster_ip else []
-    return [
-        *inner,
-        ("node port", NODE_ADDRESS[family], NODE_PORT),
-        ("loadbalancer IP", LB_IP[family], PORT),
-        ("external IP", EXTERNAL_IP[family], PORT),
-    ]
-
-
-def place(family: Family, kind: str) -> tuple[str, int]:
-    """Return address and port of one of web()'s frontends."""
-    return next((ip, port) for name, ip, port in frontends(family) if name == kind)
-
-
-# Conditions of an endpoint.
-READY = {"ready": True, "serving": True, "terminating": False}
-LEAVING = {"ready": False, "serving": True, "terminating": True}
-GONE = {"ready": False, "serving": False, "terminating": True}
 
 
 # --- Every kind of Service --------------------------------------------------------------------
@@ -610,27 +521,16 @@ def test_source_ranges_let_in_keep_their_address_with_policy_local(site: Site) -
 def test_service_without_endpoints_refuses_at_once(
     site: Site, family: Family, protocol: str
 ) -> None:
+    """Over IPv6 as well, where a client wants to know: netcluster_servers.learn_at_once."""
     kind = protocol.upper()
     for slices in ([], [backed(on(1, 10, family, GONE), family=family, protocol=kind)]):
         site.plane.load(web(family, protocol=kind), *slices)
-        for origin, name in refused(family, protocol):
-            ip, port = place(family, name)
-            # As with kube-proxy, OUTPUT does not lead to KUBE-EXTERNAL-SERVICES: the node
-            # itself is refused only where the packet comes back to it (reference 1.3).
-            beside = origin == "node" and name in ("loadbalancer IP", "external IP")
-            site.expect(origin, ip, port, PASSED if beside else REFUSED, protocol)
-
-
-def refused(family: Family, protocol: str) -> list[tuple[str, str]]:
-    """Return who asks which frontend where the answer is a refusal.
-
-    TCP over IPv6 drops an ICMP error that comes while connect() still holds the socket (it
-    counts TcpExtLockDroppedIcmps), as happens between namespaces of one machine: it is then
-    refused after one retransmission, 1 s later. So not everything is asked.
-    """
-    if (family, protocol) == (6, "tcp"):
-        return [("pod", "cluster IP"), ("outside", "node port")]
-    return [(origin, name) for origin in INNER for name, _, _ in frontends(family)]
+        for origin in INNER:
+            for name, ip, port in frontends(family):
+                # As with kube-proxy, OUTPUT does not lead to KUBE-EXTERNAL-SERVICES: the node
+                # itself is refused only where the packet comes back to it (reference 1.3).
+                beside = origin == "node" and name in ("loadbalancer IP", "external IP")
+                site.expect(origin, ip, port, PASSED if beside else REFUSED, protocol)
 
 
 def test_local_service_without_any_endpoint_refuses_too(site: Site) -> None:
@@ -808,27 +708,28 @@ def test_partial_sync_is_seen_by_the_next_connection(site: Site) -> None:
 # --- SCTP -------------------------------------------------------------------------------------
 
 
-def test_sctp_services_have_their_rules(site: Site, family: Family) -> None:
-    ends = (at(10, family), at(10, family, node=2))
-    site.plane.load(
-        web(family, protocol="SCTP"),
-        backed(on(1, 10, family), on(2, 10, family), family=family, protocol="SCTP"),
-    )
-    assert "-p sctp" in site.plane.held(family)
-    for source, masquerade in ((pod(5, family), False), (lan("outside", family), True)):
-        where = "client" if source == pod(5, family) else "outside"
-        ways = site.plane.predict(where, source, CLUSTER_IP[family], PORT, "sctp")
-        assert fate_in(ways) == served(*ends, masquerade=masquerade)
-
-
-@pytest.mark.skipif(not has_sctp(), reason="this kernel has no SCTP sockets (CONFIG_IP_SCTP)")
 def test_sctp_is_forwarded_as_tcp_is(site: Site, family: Family) -> None:
-    site.plane.load(
-        web(family, protocol="SCTP"), backed(on(1, 10, family), family=family, protocol="SCTP")
-    )
+    """And its checksum, over ports as well, is right on both ways (netcluster_servers.py)."""
+    both = (at(10, family), at(10, family, node=2))
+    service = web(family, protocol="SCTP")
+    ends = on(1, 10, family), on(2, 10, family)
+    site.plane.load(service, backed(*ends, family=family, protocol="SCTP"))
     for origin, masquerade in INNER.items():
-        fate = served(at(10, family), masquerade=masquerade)
+        fate = served(*both, masquerade=masquerade)
         site.expect(origin, CLUSTER_IP[family], PORT, fate, "sctp")
+        for _, ip, port in frontends(family, cluster_ip=False):
+            site.expect(origin, ip, port, served(*both, masquerade=True), "sctp")
+    # Hairpin: it would answer itself.
+    site.expect(
+        "pod-a",
+        CLUSTER_IP[family],
+        PORT,
+        Served(dict(zip(both, (True, False), strict=True))),
+        "sctp",
+    )
+    site.plane.change(service)
+    for origin in INNER:
+        site.expect(origin, CLUSTER_IP[family], PORT, REFUSED, "sctp")
 
 
 # --- The node itself --------------------------------------------------------------------------

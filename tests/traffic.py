@@ -1,0 +1,143 @@
+"""What tests with real packets share: one Service with every kind of frontend, who asks for it,
+and what became of that.
+
+The namespaces it all happens in are netcluster.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import pytest
+from forwarding import endpoint, exposed, slice_of
+from netcluster import NODE_ADDRESS, PODS, NetCluster, Reply, Unavailable, lan, pod
+
+from kdns.proxy.options import Family
+from kdns.registry.objects import EndpointSlice, Service
+
+FAMILIES: tuple[Family, ...] = (4, 6)
+
+# The frontends of the scenarios' Service, in both families.
+CLUSTER_IP = {4: "10.96.0.80", 6: "fd00:10:96::80"}
+LB_IP = {4: "192.0.2.60", 6: "2001:db8:2::60"}
+EXTERNAL_IP = {4: "192.0.2.99", 6: "2001:db8:2::99"}
+NODE_PORT = 30080
+LB_NODE_PORT = 30088
+PORT = 80
+TARGET = 8080
+
+WHERE = {"pod": "client", "node": "node", "localhost": "node", "outside": "outside"}
+
+
+# --- What became of a request -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Some endpoint answered. endpoints -- "ip:port" -> it sees an address of the node in place
+    of the client's"""
+
+    endpoints: Mapping[str, bool]
+
+
+# A port unreachable at once; silence; nobody felt responsible, and it left for the gateway.
+REFUSED, DROPPED, PASSED = "refused", "dropped", "passed"
+Fate: TypeAlias = Served | str
+VERDICTS = {"refused": REFUSED, "timeout": DROPPED, "unreachable": PASSED}
+
+
+def at(number: int, family: int = 4, node: int = 1, port: int = TARGET) -> str:
+    """Return an endpoint as "ip:port"."""
+    ip = pod(number, family, node)
+    return f"[{ip}]:{port}" if family == 6 else f"{ip}:{port}"
+
+
+def served(*endpoints: str, masquerade: bool) -> Served:
+    return Served(dict.fromkeys(endpoints, masquerade))
+
+
+def fate_of(replies: list[Reply]) -> Fate:
+    """Return what became of equal requests."""
+    outcomes = {reply.outcome for reply in replies}
+    if outcomes != {"answered"}:
+        return " or ".join(sorted(VERDICTS.get(outcome, outcome) for outcome in outcomes))
+    found: dict[str, bool] = {}
+    for reply in replies:
+        # Where the node asks another node only the port tells, and it is random: by chance it
+        # may be the client's own.
+        found[reply.at] = found.get(reply.at, False) or reply.masqueraded
+    return Served(found)
+
+
+@contextmanager
+def cluster_or_skip() -> Iterator[NetCluster]:
+    """Make a cluster of namespaces; where that is not possible, the test is skipped."""
+    try:
+        made = NetCluster().__enter__()
+    except Unavailable as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    with made:
+        yield made
+
+
+def own_address(origin: str, family: Family) -> str:
+    if origin == "localhost":
+        return "127.0.0.1"
+    where = WHERE.get(origin, origin)
+    return pod(PODS[where][0], family) if where in PODS else lan(where, family)
+
+
+# --- Objects ----------------------------------------------------------------------------------
+
+
+def web(family: Family = 4, *, protocol: str = "TCP", **more: Any) -> Service:
+    """A Service with every kind of frontend."""
+    settings: dict[str, Any] = {
+        "node_port": NODE_PORT,
+        "vips": [LB_IP[family]],
+        "externalIPs": [EXTERNAL_IP[family]],
+        "ports": [("http", PORT, protocol)],
+        **more,
+    }
+    return exposed("web", ip=CLUSTER_IP[family], **settings)
+
+
+def backed(
+    *endpoints: dict[str, Any], family: Family = 4, owner: str = "web", protocol: str = "TCP"
+) -> EndpointSlice:
+    kind = "IPv6" if family == 6 else "IPv4"
+    ports = [("http", TARGET, protocol)]
+    return slice_of(owner, *endpoints, ports=ports, family=kind)
+
+
+def on(
+    node: int, number: int, family: Family = 4, conditions: Mapping[str, bool] | None = None
+) -> dict[str, Any]:
+    """An endpoint on node 1 (ours) or 2; conditions -- ready, serving, terminating."""
+    more: dict[str, Any] = {"conditions": dict(conditions)} if conditions else {}
+    return endpoint(pod(number, family, node), nodeName=f"node{node}", **more)
+
+
+def frontends(family: Family, *, cluster_ip: bool = True) -> list[tuple[str, str, int]]:
+    """(kind, address, port) of web()'s frontends."""
+    inner = [("cluster IP", CLUSTER_IP[family], PORT)] if cluster_ip else []
+    return [
+        *inner,
+        ("node port", NODE_ADDRESS[family], NODE_PORT),
+        ("loadbalancer IP", LB_IP[family], PORT),
+        ("external IP", EXTERNAL_IP[family], PORT),
+    ]
+
+
+def place(family: Family, kind: str) -> tuple[str, int]:
+    """Return address and port of one of web()'s frontends."""
+    return next((ip, port) for name, ip, port in frontends(family) if name == kind)
+
+
+# Conditions of an endpoint.
+READY = {"ready": True, "serving": True, "terminating": False}
+LEAVING = {"ready": False, "serving": True, "terminating": True}
+GONE = {"ready": False, "serving": False, "terminating": True}
