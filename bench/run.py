@@ -3,8 +3,9 @@
 The server is pinned to core 0, the load generator (Debian's dnsperf) to core 1; kdns, CoreDNS
 (where `coredns` is on PATH) and a bare UDP echo in C (where there is a compiler) are measured
 in one run, turn about, because machines differ and only ratios carry over. All of them listen
-on loopback. Then the forwarding part, bench/proxy.py: kdns proxy beside kube-proxy. Writes
-bench/RESULTS.md and bench/results.json; what was not run keeps what stood there.
+on loopback. Then the forwarding part, bench/proxy.py: kdns proxy beside kube-proxy; and the
+embedded API's, bench/api.py. Writes bench/RESULTS.md and bench/results.json; what was not run
+keeps what stood there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is there, not the one above it
 
-from bench import proxy  # noqa: E402
+from bench import api, proxy  # noqa: E402
 
 SERVER_CORE, LOAD_CORE = "0", "1"
 OFFERED = 20000  # queries a second at which the CPU a query is read
@@ -255,13 +256,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5, help="length of one dnsperf run")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--services", type=int, default=1000)
-    parser.add_argument("--only", choices=("names", "forwarding"), help="run one part")
+    parser.add_argument("--only", choices=("names", "forwarding", "api"), help="run one part")
     parser.add_argument("--quick", action="store_true", help="forwarding: one round, no 10,000")
     args = parser.parse_args()
-    if args.only != "forwarding":
+    if args.only in (None, "names"):
         run_names(args)
-    if args.only != "names":
+    if args.only in (None, "forwarding"):
         run_forwarding(args)
+    if args.only in (None, "api"):
+        run_api()
+
+
+def run_api() -> None:
+    figures = api.measure()
+    figures.machine, figures.command = machine(), command_line()
+    write_part(api.section(figures), api.values(figures))
 
 
 def run_forwarding(args: argparse.Namespace) -> None:
@@ -286,15 +295,15 @@ def run_names(args: argparse.Namespace) -> None:
 
 def run(folder: Path, args: argparse.Namespace) -> None:
     loads = make_loads(folder, args.services, questions=600_000)
-    api, upstream = free_port(), free_port()
+    replay, upstream = free_port(), free_port()
     api_command = [
-        sys.executable, str(ROOT / "tests" / "api_replay.py"), "--port", str(api),
+        sys.executable, str(ROOT / "tests" / "api_replay.py"), "--port", str(replay),
         "--services", str(args.services),
     ]  # fmt: skip
     results: dict[str, dict[str, Figures]] = {}
     with started(api_command, LOAD_CORE, folder / "api.log") as server:
-        wait_port(api, server, folder / "api.log")
-        servers = commands(folder, api, upstream)
+        wait_port(replay, server, folder / "api.log")
+        servers = commands(folder, replay, upstream)
         for _ in range(args.rounds):
             for name, (command, port) in servers.items():
                 log = folder / f"{name}.log"

@@ -1,6 +1,7 @@
 """Follow one packet through the rules of a node, rule by rule. No kernel is asked.
 
     kdns rules -f examples | python examples/follow.py 203.0.113.7 192.168.77.1:30080
+    kdns proxy --dry-run --config FILE | python examples/follow.py 10.244.1.5 10.96.0.10:53/udp
     iptables-save | python examples/follow.py --node 192.168.77.1 10.244.1.5 10.96.0.10:53/udp
 
 Reads rules from its input, as `kdns rules` or `iptables-save` print them. The packet is the
@@ -12,6 +13,7 @@ the first way is told rule by rule and of the others where they end.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from typing import cast
 
@@ -19,7 +21,8 @@ from kdns.errors import KdnsError
 from kdns.proxy.options import Protocol
 from kdns.proxy.packet import Host, Packet, parse_rules, render_walk, walk
 
-EXAMPLE_NODE = "192.168.77.1"  # the address of examples/node.yaml
+# The addresses of examples/node.yaml and of kdns up's first Node.
+EXAMPLE_NODES = ("192.168.77.1", "192.0.2.1")
 
 
 def main() -> int:
@@ -30,12 +33,13 @@ def main() -> int:
     parser.add_argument("to", metavar="DESTINATION:PORT", help="with /udp or /sctp, if not TCP")
     parser.add_argument("--interface", default="eth0", help="that it comes in by  [%(default)s]")
     parser.add_argument("--node", action="append", metavar="ADDRESS",
-                        help=f"of the node itself; may be repeated  [{EXAMPLE_NODE}]")  # fmt: skip
+                        help=f"of the node itself; may be repeated  {list(EXAMPLE_NODES)}")  # fmt: skip
     args = parser.parse_args()
     try:
         packet = packet_of(args.source, args.to, args.interface)
-        rules = parse_rules(sys.stdin.read(), file="stdin", strict=False)
-        ways = walk(rules, packet, Host(args.node or [EXAMPLE_NODE]))
+        text = of_family(sys.stdin.read(), 6 if ":" in packet.source else 4)
+        rules = parse_rules(text, file="stdin", strict=False)
+        ways = walk(rules, packet, Host(args.node or EXAMPLE_NODES))
     except (KdnsError, ValueError) as e:
         print(f"follow.py: {e}", file=sys.stderr)
         return 2
@@ -45,6 +49,13 @@ def main() -> int:
     for way in more:
         print(list(render_walk(way))[-1])
     return 0
+
+
+def of_family(text: str, family: int) -> str:
+    """Return the rules of one family, where `kdns proxy --dry-run` printed both."""
+    parts = re.split(r"^# for (ip6?tables)-restore.*\n", text, flags=re.MULTILINE)
+    found = dict(zip(parts[1::2], parts[2::2], strict=True))
+    return found.get("ip6tables" if family == 6 else "iptables", text)
 
 
 def packet_of(source: str, to: str, interface: str) -> Packet:

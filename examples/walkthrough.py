@@ -1,56 +1,69 @@
-"""Start kdns over the manifests in this folder, ask it what people ask a cluster's DNS, and
-look at the rules by which a node forwards what is sent to the addresses it answered.
+"""Start `kdns up` with the manifests in this folder, ask it what people ask a cluster's DNS, drive
+its API with kubectl, and look at the rules by which a node forwards what is sent to the addresses
+it answered.
 
     make demo            # or: .venv/bin/python examples/walkthrough.py
 
-Everything stays on 127.0.0.1: the cluster is examples/*.yaml, the outside world a second
-server block of examples/Corefile.demo; real packets stay in a network namespace made for them.
-Each step is a command that can be typed by hand. Leaves with 0 if every answer was the one
-expected.
+Everything stays on 127.0.0.1: the outside world is a second server block of
+examples/Corefile.demo; real packets stay in a network namespace made for them. Each step is a
+command that can be typed by hand; those with kubectl are left out where there is none. Leaves with
+0 if every answer was the one expected.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from kdns.dns import types as t
-from kdns.dns.name import parse_name
-from kdns.server.client import NoAnswer, Server, ask
-
 PROJECT = Path(__file__).resolve().parent.parent
 COREFILE = "examples/Corefile.demo"
+MANIFESTS = ("examples/services.yaml", "examples/my-nginx.yaml", "examples/database.yaml")
 PORTS = range(10_000, 30_000)
-START_SECONDS = 20.0  # how long a slow machine may take to start Python twice
+START_SECONDS = 20.0  # how long a slow machine may take
 STOP_SECONDS = 10.0
 RUN_SECONDS = 30.0  # one command
+KUBECTL = shutil.which("kubectl", path=str(Path(sys.executable).parent)) or shutil.which("kubectl")
 # How the programs of a step are run that may not be in PATH.
-OURS = {"kdns": (sys.executable, "-m", "kdns"), "python": (sys.executable,)}
+OURS = {
+    "kdns": (sys.executable, "-m", "kdns"),
+    "python": (sys.executable,),
+    **({"kubectl": (KUBECTL,)} if KUBECTL else {}),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One question. command: of one program or of some with `|` between them. expect: patterns
     that must be in the output; `{service}` in a pattern is the address that the first question
-    brought. like: how one asks with other tools."""
+    brought. like: how one asks with other tools. needs: a program without which the step says
+    nothing."""
 
     why: str
     command: str
     expect: tuple[str, ...]
     code: int = 0
     like: str = ""
+    needs: str = ""
 
 
+# The address of kdns up's first Node is 192.0.2.1.
+RULES = (
+    "kdns proxy --dry-run --kubeconfig $KUBECONFIG --hostname-override node1"
+    " --cluster-cidr 10.244.0.0/16"
+)
 STEPS = (
     Step(
         "A pod in namespace default asks for a Service by its short name. Its resolv.conf"
@@ -157,9 +170,52 @@ STEPS = (
         (r"IN MX 10 mail\.example\.org\.$", r"over tcp"),
     ),
     Step(
+        "The same objects through the API, with a stock kubectl.",
+        "kubectl get services",
+        (
+            r"^NAME +TYPE +CLUSTER-IP +EXTERNAL-IP +PORT\(S\) +AGE$",
+            r"^myservice +ClusterIP +{service} +<none> +8080/TCP ",
+            r"^node-port +NodePort +10\.\S+ +<none> +80:30080/TCP ",
+            r"^load-bal +LoadBalancer +10\.\S+ +203\.0\.113\.\d+ +80:30088/TCP ",
+            r"^google-svc +ExternalName +<none> +google\.com ",
+        ),
+    ),
+    Step(
+        "Something new, as one makes it by hand: three pods ...",
+        "kubectl create deployment hello --image=hello:1 --replicas=3",
+        (r"^deployment\.apps/hello created$",),
+    ),
+    Step(
+        "... and a Service in front of them.",
+        "kubectl expose deployment hello --port=80 --target-port=8080",
+        (r"^service/hello exposed$",),
+    ),
+    Step(
+        "What kubectl says of it.",
+        "kubectl describe service hello",
+        (r"^Selector: +app=hello$", r"^Endpoints: +(10\.244\.\d+\.\d+:8080,?){3}$"),
+    ),
+    Step(
+        "Its name is there.",
+        "kdns query hello --search default --short",
+        (r"^10\.\d+\.\d+\.\d+$",),
+        needs="kubectl",
+    ),
+    Step(
+        "It goes ...",
+        "kubectl delete service/hello deployment/hello",
+        (r'^service "hello" deleted', r'^deployment\.apps "hello" deleted'),
+    ),
+    Step(
+        "... and its name with it.",
+        "kdns query hello.default.svc.cluster.local.",
+        (r"status: NXDOMAIN",),
+        code=1,
+    ),
+    Step(
         "How a node forwards what is sent to Service node-port: its rules, as kube-proxy"
-        " writes them.",
-        "kdns rules -f examples | grep default/node-port",
+        " writes them, from the same API.",
+        f"{RULES} | grep default/node-port",
         (
             r"^-A KUBE-NODEPORTS .* --dport 30080 -j KUBE-EXT-\w+$",
             r"^-A KUBE-SERVICES -d 10\.\d+\.\d+\.\d+/32 .* --dport 80 -j KUBE-SVC-\w+$",
@@ -170,7 +226,7 @@ STEPS = (
     ),
     Step(
         "A packet from outside to NodePort 30080 of that node, rule by rule.",
-        "kdns rules -f examples | python examples/follow.py 203.0.113.7 192.168.77.1:30080",
+        f"{RULES} | python examples/follow.py 203.0.113.7 192.0.2.1:30080",
         (
             r"^nat KUBE-NODEPORTS rule \d+: default/node-port -> KUBE-EXT-\w+$",
             r"^nat KUBE-POSTROUTING rule \d+: .*: MASQUERADE$",
@@ -180,7 +236,7 @@ STEPS = (
     Step(
         "A packet from a pod to myservice, at the address of the first answer above. The pod's"
         " own address is kept.",
-        "kdns rules -f examples | python examples/follow.py 10.244.1.5 {service}:8080",
+        f"{RULES} | python examples/follow.py 10.244.1.5 {{service}}:8080",
         (
             r"^nat KUBE-SERVICES rule \d+: default/myservice:http cluster IP -> KUBE-SVC-\w+$",
             r"^(=> DNAT to 10\.244\.\d+\.\d+:80 \(50 %\), source kept\n?){2}",
@@ -212,24 +268,30 @@ def main() -> int:
 
 
 def walk_through(ports: list[int]) -> int:
-    """Start the server, ask, stop it. Raises Failed if it does not serve."""
+    """Start kdns, ask, stop it. Raises Failed if it does not serve."""
     environ = os.environ | {
         "KDNS_DEMO_PORT": str(ports[0]),
         "KDNS_DEMO_UPSTREAM": str(ports[1]),
         "KDNS_QUERY_SERVER": "127.0.0.1",
         "KDNS_QUERY_PORT": str(ports[0]),
     }
-    print(f"$ KDNS_DEMO_PORT={ports[0]} KDNS_DEMO_UPSTREAM={ports[1]} kdns serve -conf {COREFILE}")
-    with tempfile.TemporaryFile("w+") as log:
+    words = ["up", *(w for path in MANIFESTS for w in ("-f", path)), "--corefile", COREFILE,
+             "--api-port", "0"]  # fmt: skip
+    print(f"$ KDNS_DEMO_PORT={ports[0]} KDNS_DEMO_UPSTREAM={ports[1]} kdns {shlex.join(words)}")
+    steps = [step for step in STEPS if KUBECTL or "kubectl" not in f"{step.needs} {step.command}"]
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
+        ready = Path(folder, "ready")
         server = subprocess.Popen(
-            [sys.executable, "-m", "kdns", "serve", "-conf", COREFILE],
+            [*OURS["kdns"], *words, "--ready-file", str(ready)],
             cwd=PROJECT, env=environ, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
-            wait_ready(server, Server("127.0.0.1", ports[0]))
+            environ["KUBECONFIG"] = wait_ready(server, ready)["kubeconfig"]
+            environ["HOME"] = folder  # kubectl's cache
             print(written(log))
-            print(f"$ export KDNS_QUERY_SERVER=127.0.0.1 KDNS_QUERY_PORT={ports[0]}\n")
-            wrong = ask_all(environ)
+            print(f"$ export KDNS_QUERY_SERVER=127.0.0.1 KDNS_QUERY_PORT={ports[0]}")
+            print(f"$ export KUBECONFIG={environ['KUBECONFIG']}\n")
+            wrong = ask_all(steps, environ)
         except Failed as e:
             raise Failed(f"{e}\n{written(log)}") from None
         finally:
@@ -238,9 +300,11 @@ def walk_through(ports: list[int]) -> int:
         print(f"walkthrough: kdns left with {server.returncode}", file=sys.stderr)
         return 1
     if wrong:
-        print(f"walkthrough: {wrong} of {len(STEPS)} answers are not the expected ones")
+        print(f"walkthrough: {wrong} of {len(steps)} answers are not the expected ones")
         return 1
-    print(f"All {len(STEPS)} answers are the expected ones.")
+    if len(steps) < len(STEPS):
+        print(f"There is no kubectl here: {len(STEPS) - len(steps)} steps were left out.")
+    print(f"All {len(steps)} answers are the expected ones.")
     return 0
 
 
@@ -267,31 +331,24 @@ def free_ports(count: int) -> list[int]:
     raise Failed("found no free port on 127.0.0.1")
 
 
-def wait_ready(process: subprocess.Popen[bytes], server: Server) -> None:
-    """Wait until the server answers for the cluster with something else than SERVFAIL."""
-    name = parse_name("kube-dns.kube-system.svc.cluster.local.")
+def wait_ready(process: subprocess.Popen[bytes], ready: Path) -> dict[str, str]:
+    """Wait for the file that says where everything is; return what it says."""
     deadline = time.monotonic() + START_SECONDS
-    why = "it did not answer"
     while time.monotonic() < deadline:
+        if ready.exists():
+            found: dict[str, str] = json.loads(ready.read_text())
+            return found
         if process.poll() is not None:
             raise Failed(f"kdns ended with {process.returncode} instead of serving:")
-        try:
-            message = ask(server, name, t.A, timeout=0.5, tries=1).message
-        except NoAnswer as e:
-            why = str(e)
-        else:
-            if message.rcode != t.SERVFAIL:
-                return
-            why = "it still answers SERVFAIL"
-        time.sleep(0.05)
-    raise Failed(f"kdns was not ready after {START_SECONDS:g} s: {why}")
+        time.sleep(0.02)
+    raise Failed(f"kdns was not ready after {START_SECONDS:g} s")
 
 
-def ask_all(environ: dict[str, str]) -> int:
+def ask_all(steps: Sequence[Step], environ: dict[str, str]) -> int:
     """Ask every question, print questions and answers; return how many answers are wrong."""
     wrong = 0
     service = ""
-    for number, step in enumerate(STEPS, 1):
+    for number, step in enumerate(steps, 1):
         print(f"# {number}. {step.why}")
         if step.like:
             print(f"#    (as with: {step.like})")
@@ -318,7 +375,7 @@ def run(command: str, environ: dict[str, str]) -> tuple[str, int]:
     one printed, and its exit code."""
     output, code = "", 0
     for part in command.split(" | "):
-        name, *words = shlex.split(part)
+        name, *words = shlex.split(part.replace("$KUBECONFIG", environ["KUBECONFIG"]))
         program = OURS.get(name, (name,))
         done = subprocess.run(
             [*program, *words], cwd=PROJECT, env=environ, capture_output=True, input=output,

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from kdns.kernel.conntrack import FlowCleaner
 from kdns.kernel.healthcheck import NodeHttp, ServiceHealthServers
 from kdns.kernel.iptables import IptablesDataplane, cleanup_all
 from kdns.kernel.netlink import default_address, node_addresses
-from kdns.kernel.programs import Found, find_programs
+from kdns.kernel.programs import Found, find_programs, leave_out_families
 from kdns.kernel.sync import SyncLoop, Timing
 from kdns.logs import JsonFormatter, setup_logging
 from kdns.metrics import Metrics
@@ -44,7 +45,7 @@ from kdns.registry.snapshot import Changes, Snapshot, everything
 from kdns.registry.spec import KubeSpec, ManifestSpec
 from kdns.registry.store import Store
 from kdns.runtime import collect_rarely, raise_file_limit, settle_memory, take_turns_often
-from kdns.source.follow import follow, list_once
+from kdns.source.follow import Follow, follow, list_once
 
 log = logging.getLogger("kdns.proxy")
 
@@ -54,6 +55,7 @@ WORDS = Words(
 )
 NET_ADMIN = 12  # linux/capability.h
 CONFIG_LOOK = 2.0  # seconds between two looks at the configuration file
+MOST_TRIGGERS = 100  # changes of a Service on their way that are timed, should syncs fail
 MOST_CONFLICTS = 20  # told in the log; `kdns rules` tells them all
 # Seconds, as kube-proxy's network_programming_duration_seconds: 0.25 to 60.
 LATENCY_BUCKETS = (0.25, 0.5, *(float(n) for n in (*range(1, 60), *range(60, 301, 30))))
@@ -76,7 +78,7 @@ class _Side:
     compiler: TableCompiler
     loop: SyncLoop
     cleaner: FlowCleaner
-    triggered: dict[Key, list[float]] = field(default_factory=dict)
+    triggered: dict[Key, deque[float]] = field(default_factory=dict)
     synced: ForwardingTable | None = None
     claims_changed: bool = True
     conflicts: frozenset[str] = frozenset()
@@ -89,6 +91,7 @@ class Agent:
     node   -- this node's name
     spec   -- where the registry comes from
     once   -- leave after the first sync
+    follow -- runs the registry's source
     """
 
     def __init__(
@@ -99,7 +102,9 @@ class Agent:
         *,
         config_file: str = "",
         once: bool = False,
+        follow: Follow = follow,
     ) -> None:
+        self._follow = follow
         self.config = config
         self.node = node
         self.metrics = Metrics()
@@ -136,7 +141,7 @@ class Agent:
     async def run(self) -> None:
         """Forward until stop(). Raises KdnsError if it cannot start or must be started anew."""
         check_permission()
-        self._found = await find_programs(families_here())
+        self._found = await leave_out_families(await find_programs(families_here()))
         for family, programs in self._found.programs.items():
             log.info("%s: writing rules with %s", FAMILY_LABEL[family], programs)
         for warning in self._found.warnings:
@@ -166,7 +171,7 @@ class Agent:
         self._gauge_policies()
         pipeline.subscribe(self._publish)
         tasks = [
-            group.create_task(follow(self._spec, pipeline, self.metrics)),
+            group.create_task(self._follow(self._spec, pipeline, self.metrics)),
             group.create_task(self._watch_config()),
             group.create_task(self._http.run()),
             group.create_task(self._serve_checks()),
@@ -342,7 +347,7 @@ class Agent:
             for one in new:
                 seconds = _trigger_time(one)
                 if seconds is not None and one not in old:
-                    side.triggered.setdefault(key, []).append(seconds)
+                    side.triggered.setdefault(key, deque(maxlen=MOST_TRIGGERS)).append(seconds)
 
     def _tell_first(self) -> None:
         for side in self.sides.values():
@@ -406,11 +411,14 @@ class Agent:
                 async with asyncio.timeout(self.config.sync_period):
                     await side.wake.wait()
             side.wake.clear()
-            await side.cleaner.clean()
-            if side.claims_changed and side.synced is not None:
-                side.claims_changed = False
-                found = await asyncio.to_thread(list, conflicts(side.synced))
-                self._tell_conflicts(side, found)
+            try:
+                await side.cleaner.clean()
+                if side.claims_changed and side.synced is not None:
+                    side.claims_changed = False
+                    found = await asyncio.to_thread(list, conflicts(side.synced))
+                    self._tell_conflicts(side, found)
+            except Exception:  # no reason to leave: forwarding goes on
+                log.exception("%s: what follows a sync failed, a bug", FAMILY_LABEL[side.family])
 
     def _tell_conflicts(self, side: _Side, found: list[str]) -> None:
         """Tell of those that are new."""

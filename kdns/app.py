@@ -43,7 +43,7 @@ from kdns.server.http import HttpServer
 from kdns.server.listen import Listener, Place
 from kdns.server.upstream import UpstreamPool
 from kdns.site import Site, build_site, places_of, read_corefile
-from kdns.source.follow import follow, list_once
+from kdns.source.follow import Follow, follow, list_once
 
 log = logging.getLogger("kdns")
 start = logging.getLogger(START)
@@ -60,6 +60,8 @@ class App:
 
     conf / text -- path of the Corefile, or its content
     dns_port    -- port of server blocks that name none
+    follow      -- runs the registry's sources
+    guest       -- the process is somebody else's: its memory and log are left as they are
     """
 
     def __init__(
@@ -68,7 +70,11 @@ class App:
         *,
         text: str | None = None,
         dns_port: int = 53,
+        follow: Follow = follow,
+        guest: bool = False,
     ) -> None:
+        self._follow = follow
+        self._guest = guest
         self.conf = conf
         self.text = text
         self.dns_port = dns_port
@@ -111,8 +117,9 @@ class App:
         self._upstreams = UpstreamPool(self.metrics)
         try:
             await self._switch(self._build())
-            settle_memory()
-            self._say_started()
+            if not self._guest:
+                settle_memory()
+                self._say_started()
             if started is not None:
                 started()
             self._follower = self._group.create_task(self._follow_corefile())
@@ -167,7 +174,8 @@ class App:
             raise
         await self._retire(site, new, http, feeds)
         debug = any(plugin.word == "debug" for plugin in plugins)
-        log.setLevel(logging.DEBUG if debug else logging.INFO)
+        if not self._guest:
+            log.setLevel(logging.DEBUG if debug else logging.INFO)
         self._start_work(site, stamps)
 
     def _load(self, item: WatchFile | WatchFolder) -> None:
@@ -203,7 +211,9 @@ class App:
                 await listener.close()
             if not isinstance(e, OSError):
                 raise
-            raise ConfigError([Problem(str(place), 0, f"cannot listen: {e.strerror or e}")]) from e
+            # asyncio's own text of a taken port names the address again.
+            why = os.strerror(e.errno) if e.errno and e.errno > 0 else str(e)
+            raise ConfigError([Problem(str(place), 0, f"cannot listen: {why}")]) from e
         return opened
 
     def _end_unread_pipelines(self) -> None:
@@ -278,7 +288,7 @@ class App:
         if found is None:
             pipeline = Pipeline(Store(spec.kinds), self._invalidate)
             assert self._group is not None
-            task = self._group.create_task(follow(spec, pipeline, self.metrics))
+            task = self._group.create_task(self._follow(spec, pipeline, self.metrics))
             found = self.pipelines[spec] = (pipeline, task)
         return found[0]
 

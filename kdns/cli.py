@@ -14,6 +14,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,6 +33,8 @@ DEFAULT_COREFILE = ".:{port} {{\n    whoami\n    log\n}}\n"
 STDIN = "stdin"
 # The Pod ranges of kubeadm's documentation, and of Pods made from manifests.
 DEFAULT_CLUSTER_CIDR = "10.244.0.0/16,fd00:10:244::/56"
+DEFAULT_API_PORT = 6443  # kube-apiserver's
+DEFAULT_UP_DNS_PORT = 10053  # needs no root, and is not multicast DNS's 5353
 
 
 class Commands(click.Group):
@@ -204,6 +207,79 @@ def check(file: str, dns_port: int) -> int:
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+@cli.command()
+@click.option(
+    "-f", "--manifests", "manifests", metavar="PATH", multiple=True,
+    help="Apply this file or folder, and again when it changes; '-' is standard input. May be"
+    " repeated.",
+)  # fmt: skip
+@click.option(
+    "--data-dir", metavar="D", default="", envvar="KDNS_DATA_DIR",
+    help="Keep objects, certificate and token here over restarts.  [default: nothing is kept]",
+)  # fmt: skip
+@click.option(
+    "--bind", metavar="A", default="127.0.0.1", show_default=True,
+    help="Address to listen on.",
+)  # fmt: skip
+@click.option(
+    "--api-port", metavar="N", type=PORT, default=DEFAULT_API_PORT, show_default=True,
+    envvar="KDNS_API_PORT", help="Port of the Kubernetes API; 0 picks a free one.",
+)  # fmt: skip
+@click.option(
+    "--dns-port", metavar="N", type=PORT, default=DEFAULT_UP_DNS_PORT, show_default=True,
+    envvar="KDNS_DNS_PORT", help="Port of DNS, UDP and TCP; 0 picks a free one.",
+)  # fmt: skip
+@click.option(
+    "--proxy-mode", type=click.Choice(["none", "iptables"]), default="none", show_default=True,
+    help="Forward Services on this host; iptables needs root.",
+)  # fmt: skip
+@click.option(
+    "--write-kubeconfig", metavar="P", default="",
+    help="Put the way to the API into this kubeconfig, as context 'kdns'.  [default: a file of"
+    " its own, gone when this ends]",
+)  # fmt: skip
+@click.option(
+    "--ready-file", metavar="P", default="",
+    help="Write the JSON line of '--output json' here when all is ready.",
+)  # fmt: skip
+@click.option(
+    "--output", type=click.Choice(["text", "json"]), default="text", show_default=True,
+    help="What to print when ready: words, or one line of JSON.",
+)  # fmt: skip
+@click.option(
+    "--nodes", metavar="N", type=click.IntRange(1, 1000), default=1, show_default=True,
+    help="How many Nodes there are.",
+)  # fmt: skip
+@click.option(
+    "--pod-ready-delay", metavar="S", type=click.FloatRange(0, 3600), default=0.0,
+    show_default=True, help="Seconds until a new Pod is ready.",
+)  # fmt: skip
+@click.option(
+    "--service-cluster-ip-range", "service_cidr", metavar="C", default="10.96.0.0/12",
+    show_default=True, help="Where Services have their ClusterIPs; one CIDR a family.",
+)  # fmt: skip
+@click.option(
+    "--pod-cidr", metavar="C", default="10.244.0.0/16", show_default=True,
+    help="Where Pods have their addresses; one CIDR a family.",
+)  # fmt: skip
+@click.option(
+    "--lb-range", metavar="C", default="203.0.113.0/24", show_default=True,
+    help="Where Services of type LoadBalancer have theirs; one CIDR a family.",
+)  # fmt: skip
+@click.option("--insecure", is_flag=True, help="Serve the API as plain HTTP without a token.")
+@click.option(
+    "--corefile", "-conf", "--conf", metavar="FILE", default="",
+    help="Serve DNS by this Corefile; its 'kubernetes' reads this registry unless it names"
+    " another.  [default: kubeadm's]",
+)  # fmt: skip
+def up(**flags: Any) -> int:
+    """Run a Kubernetes API for Services, DNS and, if asked to, forwarding: all in one."""
+    began = time.monotonic()
+    from kdns.up import Wishes, command
+
+    return command(Wishes(**flags), began)
 
 
 @cli.command(

@@ -90,10 +90,11 @@ class ApplyError(KdnsError):
     program -- which one, as it was called
     stderr  -- what it said, and the line of ours it said it about
     busy    -- a lock or another resource was taken: it may pass in a moment
+    line    -- the line of ours; "": it named none
     """
 
-    def __init__(self, program: str, stderr: str, busy: bool = False) -> None:
-        self.program, self.stderr, self.busy = program, stderr, busy
+    def __init__(self, program: str, stderr: str, busy: bool = False, line: str = "") -> None:
+        self.program, self.stderr, self.busy, self.line = program, stderr, busy, line
         super().__init__(f"{program}: {stderr}")
 
 

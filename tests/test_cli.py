@@ -134,7 +134,8 @@ def test_flags_from_the_environment(app: FakeApp, monkeypatch: pytest.MonkeyPatc
         ("serv", "no command 'serv', did you mean 'serve'?"),
         (
             "x",
-            "no command 'x'; the commands are corefile, dump, proxy, query, rules, serve, version",
+            "no command 'x'; the commands are corefile, dump, proxy, query, rules, serve, up,"
+            " version",
         ),
         ("-cnof f", "no flag '-cnof', did you mean '-conf'?"),
         ("-port 53", "no flag '-port', did you mean '-dns.port'?"),

@@ -395,6 +395,14 @@ def test_a_dump_says_whether_it_is_complete(
     assert dump.complete == complete, what
 
 
+def test_of_a_million_flows_those_that_stay_are_not_held() -> None:
+    datagrams = [entry()] * 10 + [DONE]
+    none = collect_flows(datagrams, chosen=lambda flows: (one for one in flows if not one.handle))
+    assert none == Dump([], True)
+    some = collect_flows(datagrams, most=3)
+    assert len(some.flows) == 3 and some.complete
+
+
 def test_an_interrupted_dump_is_tried_again_a_few_times_and_then_used_as_it_is() -> None:
     good, bad = Dump([SEEN], True), Dump([], False)
     for answers, expected, left in (

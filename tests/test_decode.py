@@ -12,8 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdns.errors import Denied, Expired, KdnsError, ObjectError, Unreachable
+from kdns.registry import decode as decoding
+from kdns.registry import endpoints
 from kdns.registry.decode import STRUCTS, decode_event, decode_page, decode_status
-from kdns.registry.objects import ENDPOINT_SLICE, NAMESPACE, POD, SERVICE, Kind, Service
+from kdns.registry.objects import (
+    ENDPOINT_SLICE,
+    NAMESPACE,
+    POD,
+    SERVICE,
+    EndpointSlice,
+    Kind,
+    Service,
+)
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / "golden" / "cluster.json").read_text())
 META = {"name": "web", "namespace": "default", "resourceVersion": "7"}
@@ -223,3 +233,24 @@ def test_no_bytes_whatever_break_the_decoder(body: bytes, kind: Kind) -> None:
         with pytest.raises(Unreachable):
             decode(kind, body)
     assert decode_status(body, 500)
+
+
+@pytest.mark.parametrize("text", ["1" * 999, ":" * 999, "::" + "0" * 999, "0" * 999 + "1.2.3.4"])
+def test_text_of_any_length_fills_no_memory_where_an_address_is_meant(text: str) -> None:
+    """It comes with every event; up to 16,384 of them are remembered."""
+    before = decoding._is_ipv6.cache_info().currsize, endpoints._canonical.cache_info().currsize
+    assert not decoding.is_address(text)
+    assert endpoints.canonical_address(text) is None
+    after = decoding._is_ipv6.cache_info().currsize, endpoints._canonical.cache_info().currsize
+    assert before == after
+
+
+def test_addresses_with_zeros_of_old_are_read_as_kube_proxy_reads_them() -> None:
+    spec = {"clusterIP": "010.096.000.001", "clusterIPs": ["010.096.000.001", "fd00::1"]}
+    one = decoding.convert(SERVICE, {"metadata": META, "spec": spec})
+    assert isinstance(one, Service)
+    assert (one.spec.cluster_ip, one.spec.cluster_ips) == ("10.96.0.1", ["10.96.0.1", "fd00::1"])
+    ends = {"addressType": "IPv4", "endpoints": [{"addresses": ["010.244.1.08"]}]}
+    two = decoding.convert(ENDPOINT_SLICE, {"metadata": META, **ends})
+    assert isinstance(two, EndpointSlice) and two.endpoints
+    assert two.endpoints[0].addresses == ["10.244.1.8"]

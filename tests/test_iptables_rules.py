@@ -782,7 +782,7 @@ SHAPES = st.fixed_dictionaries(
     optional={
         "node_port": st.sampled_from([30080, 30081]),
         "external_ips": st.sampled_from([("192.0.2.1",), ("192.0.2.1", "192.0.2.2")]),
-        "load_balancer_ips": st.just(("192.0.2.3",)),
+        "load_balancer_ips": st.sampled_from([("192.0.2.3",), ("192.0.2.1",)]),
         "source_ranges": st.just(("203.0.113.0/24",)),
         "node_in_ranges": st.booleans(),
         "affinity": st.just(600),
@@ -833,6 +833,21 @@ def test_changes_lead_to_the_rules_that_a_new_start_would_have(steps: list[Any])
     assert rules.full() == _with_gone(rules_of(table).full(), rules.full())
     assert rules.counts() == rules_of(table).counts()
     assert rules.wanted() == rules_of(table).wanted()
+
+
+def test_an_external_ip_that_is_no_longer_a_load_balancers_too() -> None:
+    """Of two equal rules the kernel deletes the first, be it the one of the other address."""
+    key, kernel = ("a", "s1"), PretendKernel()
+    shape: dict[str, Any] = {"external_ips": ("192.0.2.1", "192.0.2.2")}
+    both = {**shape, "load_balancer_ips": ("192.0.2.1",)}
+    table = changed(ForwardingTable(), {key: {"tcp": ([], [], both)}})
+    rules = rules_of(table)
+    kernel.restore(rules.full())
+    rules.committed()
+    table = changed(table, {key: {"tcp": ([], [], shape)}})
+    rules.update(table, [key])
+    kernel.restore(rules.partial())
+    assert kernel.saved() == whole(table)
 
 
 def _with_gone(fresh: str, text: str) -> str:

@@ -263,6 +263,18 @@ def test_a_client_reaches_the_new_endpoint_when_its_own_is_gone(
     assert stage.metrics.value(DELETED, f"IPv{stage.net.family}") == 1
 
 
+def test_more_stale_flows_than_are_held_at_a_time_all_go(
+    stage: Stage, answered: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdns.kernel.conntrack.MOST_HELD", 2)
+    clients = [answered, *(stage.client(stage.net.vip) for _ in range(4))]
+    for client in clients:
+        assert stage.ask(client) == f"{stage.net.a} 5353"
+    assert stage.sync(stage.port(stage.net.b)) == Cleaned(5, True)
+    for client in clients:
+        assert stage.ask(client) == f"{stage.net.b} 5353"
+
+
 def test_a_client_stays_with_an_endpoint_that_drains(stage: Stage, answered: socket.socket) -> None:
     net = stage.net
     both = (Endpoint(net.b, 5353), Endpoint(net.a, 5353, serving=True, terminating=True))
@@ -580,6 +592,7 @@ def node(namespace: Namespace) -> Namespace:
         "ip addr add 172.18.0.5/16 dev eth1",
         "ip addr add 172.18.0.6/16 dev eth1",
         "ip addr add fd00:18::5/64 dev eth1 nodad",
+        "ip addr add fd00:18::9/128 dev eth1 nodad preferred_lft 0",  # listed first
         *(f"ip link set {name} up" for name in ("eth0", "eth1", "far0", "far1")),
     ):
         namespace.shell(command)
@@ -597,6 +610,7 @@ def test_the_nodes_addresses(node: Namespace) -> None:
     v6 = {a.address: a for a in node.run(node_addresses, 6)}
     assert v6["fd00:18::5"][0::2] == ("eth1", 64)
     assert v6["fd00:18::5"].universal
+    assert not v6["fd00:18::9"].universal
     assert not v6["::1"].universal
     assert all(not a.universal for a in v6.values() if a.address.startswith("fe80"))
 
@@ -624,6 +638,10 @@ def test_local_is_what_addrtype_local_matches(node: Namespace) -> None:
             ["default via 172.18.0.1 metric 100", "default via 192.168.77.2 metric 50"],
             "192.168.77.1",
         ),
+        # As in clouds: a table for the Pods of another interface.
+        (4, ["default via 192.168.77.2 table 2", "default via 172.18.0.1 metric 9"], "172.18.0.5"),
+        (4, ["default via 192.168.77.2 table 2000"], ""),
+        (4, ["default nexthop via 172.18.0.1 nexthop via 192.168.77.2"], "172.18.0.5"),
         (4, ["unreachable default"], ""),
         (6, ["default via fd00:18::1"], "fd00:18::5"),
         (6, ["default via fe80::1 dev eth0", "default via fd00:18::1 metric 10"], "fd00:18::5"),

@@ -7,12 +7,14 @@ what others wrote still there, and is nothing left after a clean-up.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import itertools
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,14 @@ import pytest
 
 from kdns.errors import ApplyError
 from kdns.kernel.generation import parse_generation
-from kdns.kernel.iptables import CANARY, CANARY_TABLES, IptablesDataplane, cleanup_all, tokens
+from kdns.kernel.iptables import (
+    CANARY,
+    CANARY_TABLES,
+    IptablesDataplane,
+    cleanup_all,
+    target_of,
+    tokens,
+)
 from kdns.kernel.programs import (
     Programs,
     Survey,
@@ -98,7 +107,7 @@ class Node:
         self.lock = lock
         # The lock file of the legacy programs is one for the machine; here each test has its
         # own, so that tests side by side do not wait for each other.
-        self.prefix = (
+        self.prefix: tuple[str, ...] = (
             "ip", "netns", "exec", self.name, "env", f"XTABLES_LOCKFILE={lock}",
         )  # fmt: skip
 
@@ -294,8 +303,9 @@ class BadChunk(IptablesRules):
         services: int,
         stale: Iterable[str] = (),
         entry: Entry = {},  # noqa: B006
+        stay: Collection[str] = (),
     ) -> Iterator[str]:
-        for number, text in enumerate(super().chunks(services, stale, entry)):
+        for number, text in enumerate(super().chunks(services, stale, entry, stay)):
             self.given = number + 1
             yield text if number != self.bad else text.replace("COMMIT\n", "nonsense\nCOMMIT\n")
 
@@ -497,6 +507,127 @@ def test_clean_up_keeps_a_chain_that_a_rule_of_somebody_else_leads_to(
 # --- failures -------------------------------------------------------------------------
 
 
+def without_recent(node: Node, folder: Path) -> None:
+    """Have iptables in `node` lack the match that session affinity needs."""
+    (libraries,) = {one.parent for one in Path("/usr/lib").rglob("libxt_recent.so")}
+    folder.mkdir()
+    for one in libraries.iterdir():
+        if one.name != "libxt_recent.so":
+            (folder / one.name).symlink_to(one)
+    node.prefix = (*node.prefix, f"XTABLES_LIBDIR={folder}")
+
+
+@mark
+@pytest.mark.parametrize("chunks", (False, True), ids=("at once", "in chunks"))
+def test_a_service_with_a_rule_that_iptables_refuses_keeps_no_other_from_working(
+    node: Node, variant: Variant, chunks: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if chunks:
+        monkeypatch.setattr("kdns.kernel.iptables.LARGE", 10)
+        monkeypatch.setattr("kdns.kernel.iptables.CHUNK", 20)
+    without_recent(node, tmp_path / "xtables")
+    programs, metrics, now = node.programs(variant), Metrics(), [0.0]
+    dataplane = IptablesDataplane(programs, options_of(4), metrics, clock=lambda: now[0])
+    sticky = [replace(service(n, 2), affinity=60) for n in (2, 5)]
+    plain = [service(n, 2) for n in (1, 3, 4, 6)]
+
+    def served() -> set[str]:
+        saved = "".join(node.saved(programs)["*nat"])
+        return {n for n in "123456" if f'"default/svc{n}:http cluster IP"' in saved}
+
+    sync(dataplane, table_of(*plain, *sticky))
+    assert served() == set("1346")
+    assert metrics.value("kdns_proxy_services_refused", "IPv4") == 2
+    told = [one.message for one in caplog.records if one.levelname == "ERROR"]
+    assert [text.split(" is left out")[0] for text in told] == [
+        "IPv4: Service default/svc2", "IPv4: Service default/svc5",
+    ]  # fmt: skip
+    assert "recent" in told[0]
+    assert asyncio.run(dataplane.verify())
+
+    # What changes elsewhere is written as ever; who is left out asks for nothing of that.
+    asyncio.run(dataplane.sync(table_of(*plain[1:], *sticky), [plain[0].key], False))
+    assert served() == set("346")
+    # One that flaps is not tried each time.
+    now[0] = 5.0
+    table = table_of(*plain[1:], sticky[0], service(5, 1))
+    asyncio.run(dataplane.sync(table, [sticky[1].key], False))
+    assert served() == set("346") and asyncio.run(dataplane.verify())
+    # But soon: with the next look at the rules.
+    now[0] = 11.0
+    assert not asyncio.run(dataplane.verify())
+    asyncio.run(dataplane.sync(table, (), True))
+    assert served() == set("3456") and asyncio.run(dataplane.verify())
+    assert metrics.value("kdns_proxy_services_refused", "IPv4") == 1
+    # And in the end the operator has installed what was missing.
+    (tmp_path / "xtables" / "libxt_recent.so").symlink_to(
+        next(Path("/usr/lib").rglob("libxt_recent.so"))
+    )
+    now[0] = 301.0
+    assert not asyncio.run(dataplane.verify())
+    asyncio.run(dataplane.sync(table, (), True))
+    assert served() == set("23456") and asyncio.run(dataplane.verify())
+    assert metrics.value("kdns_proxy_services_refused", "IPv4") == 0
+
+
+@mark
+def test_what_no_single_service_is_to_blame_for_fails_as_before(
+    node: Node, variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdns.kernel.iptables.MOST_REFUSED", 1)
+    dataplane = dataplane_of(node, variant)
+    # No masquerading at all: every Service asks for what there is not.
+    monkeypatch.setattr("kdns.proxy.iptables_rules._comment", lambda text: f"-m nosuch {text[:0]}")
+    with pytest.raises(ApplyError, match="nosuch"):
+        sync(dataplane, first_table())
+
+
+@mark
+def test_an_address_that_iptables_prints_in_its_own_way_is_no_change_by_somebody_else(
+    node: Node, variant: Variant
+) -> None:
+    """glibc prints ::102:304 as ::1.2.3.4; it may be anybody's externalIP."""
+    dataplane = dataplane_of(node, variant, 6)
+    odd = ("::102:304", "::1:0", "::1", "::", "64:ff9b::102:304", "2001:db8::1:0:0:1")
+    one = replace(service(1, 1, 6), external_ips=odd, source_ranges=("::102:0/120",),
+                  load_balancer_ips=("::506:708",), node_in_ranges=True)  # fmt: skip
+    sync(dataplane, table_of(one, family=6))
+    assert "::1.2.3.4" in str(node.saved(dataplane.programs))
+    assert asyncio.run(dataplane.verify())
+    node.run(
+        f"{dataplane.programs.name}", "-t", "nat", "-R", "KUBE-SERVICES", "2", "-d", "::1.2.3.5",
+        "-j", target_of(node.saved(dataplane.programs)["*nat"][-1]) or "RETURN",
+    )  # fmt: skip
+    assert not asyncio.run(dataplane.verify())
+
+
+@mark
+def test_a_rule_of_somebody_that_leads_to_a_service_is_in_nobodys_way_when_the_service_goes(
+    node: Node, variant: Variant, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The chain cannot go before the rule: it stays, empty, until then."""
+    dataplane = dataplane_of(node, variant)
+    sync(dataplane, table_of(service(1, 1), service(2, 1)))
+    saved = node.saved(dataplane.programs)
+    chain = next(one for one in saved["*nat"] if "svc2:http cluster IP" in one).split()[-1]
+    tool = dataplane.programs.name
+    node.run(tool, "-t", "nat", "-A", "OUTPUT", "-d", "192.0.2.1", "-j", chain)
+    after = table_of(service(1, 1), service(3, 1))
+    with contextlib.suppress(ApplyError):
+        asyncio.run(dataplane.sync(after, [("default", "svc2"), ("default", "svc3")], False))
+    asyncio.run(dataplane.sync(after, (), True))
+    text = str(node.saved(dataplane.programs))
+    assert "svc3:http cluster IP" in text and "svc2" not in text and f":{chain} " in text
+    assert f"{chain} stays, empty" in caplog.text
+    caplog.clear()
+    assert asyncio.run(dataplane.verify()), caplog.text  # nothing to be told of again and again
+    node.run(tool, "-t", "nat", "-D", "OUTPUT", "-d", "192.0.2.1", "-j", chain)
+    asyncio.run(dataplane.sync(after, (), True))
+    assert f":{chain} " not in str(node.saved(dataplane.programs))
+    assert asyncio.run(dataplane.verify())
+
+
 class BadLine(IptablesRules):
     """The real rules, but one line of the next text is none that iptables knows."""
 
@@ -509,9 +640,14 @@ class BadLine(IptablesRules):
         at = text.index("COMMIT\n", text.index("*nat"))
         return text[:at] + self.bad + text[at:]
 
-    def full(self, stale: Iterable[str] = (), entry: Entry = {}) -> str:  # noqa: B006
+    def full(
+        self,
+        stale: Iterable[str] = (),
+        entry: Entry = {},  # noqa: B006
+        stay: Collection[str] = (),
+    ) -> str:
         self.asked.append("full")
-        return self._spoilt(super().full(stale, entry))
+        return self._spoilt(super().full(stale, entry, stay))
 
     def partial(self) -> str:
         self.asked.append("partial")
@@ -601,6 +737,24 @@ def test_the_generation_is_read_from_the_kernels_answer() -> None:
 
 
 # --- which programs -------------------------------------------------------------------
+
+
+WITHOUT_NET_RAW = ("setpriv", "--inh-caps=-all", "--bounding-set=-net_raw")
+
+
+@pytest.mark.root
+@needs_kernel[1]
+def test_a_legacy_node_on_which_kdns_may_not_see_that_is_told_of(node: Node) -> None:
+    """Reading legacy rules takes NET_RAW, and where there are none, nothing is said."""
+    programs = node.programs("legacy")
+    node.prefix = (*node.prefix, *WITHOUT_NET_RAW)
+    assert not asyncio.run(find_programs([4], node.prefix)).warnings
+    node.prefix = node.prefix[: -len(WITHOUT_NET_RAW)]
+    node.restore(programs, "*nat\n-A OUTPUT -j RETURN\nCOMMIT\n")
+    found = asyncio.run(find_programs([4], (*node.prefix, *WITHOUT_NET_RAW)))
+    assert found.programs[4].variant == "nft"
+    (warning,) = found.warnings
+    assert "variant legacy cannot be seen: it takes the capability NET_RAW" in warning
 
 
 @pytest.mark.root
@@ -712,6 +866,9 @@ def test_an_error_quotes_the_line_it_is_about(stderr: str, said: str) -> None:
     (
         (4, "Another app is currently holding the xtables lock.", True),
         (4, "Could not fetch rule set generation id: Permission denied (you must be root)", False),
+        # So iptables-nft leaves for a match that the kernel lacks: no lock will be free soon.
+        (4, "line 5: RULE_APPEND failed (No such file or directory): rule in chain A", False),
+        (4, "line 5: CHAIN_DEL failed (Device or resource busy): chain A", True),
         (1, "iptables-restore: line 4 failed", False),
         (2, "Bad argument", False),
     ),

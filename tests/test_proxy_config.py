@@ -10,6 +10,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from kubeadm import KUBEADM_PROXY
 
 from kdns.errors import ConfigError, Problem
 from kdns.proxy import settings
@@ -36,77 +37,6 @@ from kdns.registry.objects import Meta, Node, NodeAddress, NodeSpec, NodeStatus
 
 HEAD = f"apiVersion: {API_VERSION}\nkind: {KIND}\n"
 
-# What `kubeadm init` puts into ConfigMap kube-proxy under config.conf.
-KUBEADM = """\
-apiVersion: kubeproxy.config.k8s.io/v1alpha1
-bindAddress: 0.0.0.0
-bindAddressHardFail: false
-clientConnection:
-  acceptContentTypes: ""
-  burst: 0
-  contentType: ""
-  kubeconfig: /var/lib/kube-proxy/kubeconfig.conf
-  qps: 0
-clusterCIDR: 10.244.0.0/16
-configSyncPeriod: 0s
-conntrack:
-  maxPerCore: null
-  min: null
-  tcpBeLiberal: false
-  tcpCloseWaitTimeout: null
-  tcpEstablishedTimeout: null
-  udpStreamTimeout: 0s
-  udpTimeout: 0s
-detectLocal:
-  bridgeInterface: ""
-  interfaceNamePrefix: ""
-detectLocalMode: ""
-enableProfiling: false
-healthzBindAddress: ""
-hostnameOverride: ""
-iptables:
-  localhostNodePorts: null
-  masqueradeAll: false
-  masqueradeBit: null
-  minSyncPeriod: 0s
-  syncPeriod: 0s
-ipvs:
-  excludeCIDRs: null
-  minSyncPeriod: 0s
-  scheduler: ""
-  strictARP: false
-  syncPeriod: 0s
-  tcpFinTimeout: 0s
-  tcpTimeout: 0s
-  udpTimeout: 0s
-kind: KubeProxyConfiguration
-logging:
-  flushFrequency: 0
-  options:
-    json:
-      infoBufferSize: "0"
-    text:
-      infoBufferSize: "0"
-  verbosity: 0
-metricsBindAddress: ""
-mode: ""
-nftables:
-  masqueradeAll: false
-  masqueradeBit: null
-  minSyncPeriod: 0s
-  syncPeriod: 0s
-nodePortAddresses: null
-oomScoreAdj: null
-portRange: ""
-showHiddenMetricsForVersion: ""
-winkernel:
-  enableDSR: false
-  forwardHealthCheckVip: false
-  networkName: ""
-  rootHnsEndpointName: ""
-  sourceVip: ""
-"""
-
 
 def read(text: str) -> Read:
     return parse_config(HEAD + text, "f.yaml")
@@ -130,7 +60,7 @@ def effective(*args: str) -> ProxyConfig:
 
 
 def test_kubeadms_file_means_the_defaults() -> None:
-    found = parse_config(KUBEADM, "config.conf")
+    found = parse_config(KUBEADM_PROXY, "config.conf")
     assert found.warnings == ()
     client = replace(ProxyConfig().client, kubeconfig="/var/lib/kube-proxy/kubeconfig.conf")
     assert found.config == config(client=client, cluster_cidrs=("10.244.0.0/16",))
@@ -585,7 +515,7 @@ def test_flags_without_effect_say_so() -> None:
 
 def test_kubeadms_pod_runs_without_a_warning() -> None:
     parsed = parse_flags(["--config=/var/lib/kube-proxy/config.conf", "--hostname-override=Node-1"])
-    found = settle(parsed, parse_config(KUBEADM, parsed.config_path))
+    found = settle(parsed, parse_config(KUBEADM_PROXY, parsed.config_path))
     assert found.warnings == ()
     assert found.config.hostname_override == "node-1"
 
@@ -730,6 +660,15 @@ def test_how_pods_of_this_node_are_known(
     args: str, family: Family, expected: Detector | None
 ) -> None:
     assert options_of(effective(*args.split()), family, NODE, LOCAL).detector == expected
+
+
+@pytest.mark.parametrize("prefix", ["abcdefghijklmno", 'a"b', "it's", "-x", "!x", "a b", "a/b"])
+def test_an_interface_that_iptables_would_never_take_is_refused_at_the_start(prefix: str) -> None:
+    """iptables counts the "+" behind a prefix."""
+    mode = "--detect-local-mode=InterfaceNamePrefix"
+    with pytest.raises(ConfigError, match="must be an interface's name"):
+        effective(mode, f"--pod-interface-name-prefix={prefix}")
+    assert effective(mode, "--pod-interface-name-prefix=abcdefghijklmn")
 
 
 def test_node_cidr_waits_for_its_node() -> None:

@@ -23,6 +23,7 @@ import yaml
 from api_replay import Json, golden
 from forwarding import endpoint, exposed, service, slice_of
 from iptables_text import Rules, differences, normalised, parse_saved, without_counters
+from kubeadm import KUBEADM_PROXY
 from running_proxy import NODE_IP, Api, Node, Proxy, Unavailable, as_json, listen, until
 
 from kdns.proxy.iptables_rules import chain_hash
@@ -53,77 +54,6 @@ COMMIT
 -A POSTROUTING -s 10.244.0.0/16 -j CNI-OUT
 -A CNI-OUT -j MASQUERADE
 COMMIT
-"""
-# What kubeadm writes, but for the last two: the table of flows is the whole machine's, and
-# nothing listens for TLS here.
-KUBEADM = """\
-apiVersion: kubeproxy.config.k8s.io/v1alpha1
-bindAddress: 0.0.0.0
-bindAddressHardFail: false
-clientConnection:
-  acceptContentTypes: ""
-  burst: 0
-  contentType: ""
-  kubeconfig: {kubeconfig}
-  qps: 0
-clusterCIDR: 10.244.0.0/16
-configSyncPeriod: 0s
-detectLocal:
-  bridgeInterface: ""
-  interfaceNamePrefix: ""
-detectLocalMode: ""
-enableProfiling: false
-healthzBindAddress: ""
-hostnameOverride: ""
-iptables:
-  localhostNodePorts: null
-  masqueradeAll: false
-  masqueradeBit: null
-  minSyncPeriod: 0s
-  syncPeriod: 0s
-ipvs:
-  excludeCIDRs: null
-  minSyncPeriod: 0s
-  scheduler: ""
-  strictARP: false
-  syncPeriod: 0s
-  tcpFinTimeout: 0s
-  tcpTimeout: 0s
-  udpTimeout: 0s
-kind: KubeProxyConfiguration
-logging:
-  flushFrequency: 0
-  options:
-    json:
-      infoBufferSize: "0"
-    text:
-      infoBufferSize: "0"
-  verbosity: 0
-metricsBindAddress: ""
-mode: ""
-nftables:
-  masqueradeAll: false
-  masqueradeBit: null
-  minSyncPeriod: 0s
-  syncPeriod: 0s
-nodePortAddresses: null
-oomScoreAdj: null
-portRange: ""
-showHiddenMetricsForVersion: ""
-winkernel:
-  enableDSR: false
-  forwardHealthCheckVip: false
-  networkName: ""
-  rootHnsEndpointName: ""
-  sourceVip: ""
-conntrack:
-  maxPerCore: 0
-  min: null
-  tcpBeLiberal: false
-  tcpCloseWaitTimeout: null
-  tcpEstablishedTimeout: null
-  udpStreamTimeout: 0s
-  udpTimeout: 0s
 """
 KUBECONFIG = """\
 apiVersion: v1
@@ -407,7 +337,9 @@ def test_kubeadms_file_is_obeyed_and_a_change_of_it_ends_the_proxy(
     api = node.api(WEB, WEB_5)
     (tmp_path / "kubeconfig").write_text(KUBECONFIG.format(url=api.url))
     file = tmp_path / "config.conf"
-    file.write_text(KUBEADM.format(kubeconfig=tmp_path / "kubeconfig"))
+    # But for two lines: where the server is, and the table of flows is the whole machine's.
+    text = KUBEADM_PROXY.replace("/var/lib/kube-proxy/kubeconfig.conf", f"{tmp_path}/kubeconfig")
+    file.write_text(text.replace("maxPerCore: null", "maxPerCore: 0"))
     # As kubeadm's DaemonSet starts it.
     proxy = node.proxy(f"--config={file}", "--hostname-override=node1")
     proxy.until_synced()
@@ -768,6 +700,30 @@ def test_what_the_node_lacks_is_said_in_one_line(
     last = proxy.log.splitlines()[-1]
     assert last.startswith("kdns: ") and told in last
     assert "Traceback" not in proxy.log
+
+
+NO_NAT = """\
+#!/bin/sh
+case "$*" in *--version) exec {real} "$@";; esac
+echo "can't initialize ip6tables table \\`nat': Table does not exist" >&2
+exit 3
+"""
+
+
+def test_a_kernel_without_ipv6_nat_has_ipv4_all_the_same(node: Node) -> None:
+    """Such a node must not look as if its rules did not keep up: load balancers would leave it."""
+    (node.folder / "bin").mkdir()
+    for name in ("ip6tables", "ip6tables-restore"):
+        tool = node.folder / "bin" / name
+        tool.write_text(NO_NAT.format(real=shutil.which(name)))
+        tool.chmod(0o755)
+    proxy = started(node, node.api(WEB, WEB_5), path=str(node.folder / "bin"))
+    proxy.until_said("no Service is forwarded to over IPv6, this kernel cannot", "not exist")
+    until_leads_to(node, "10.244.1.5:8080")
+    answer = proxy.healthz()
+    assert (answer.status, list(answer.json["status"])) == (200, ["IPv4"])
+    assert "forwarded to over IPv6" in str(answer.json["notes"])
+    assert "ERROR" not in proxy.log
 
 
 def test_the_capability_net_admin_is_enough(node: Node) -> None:

@@ -47,13 +47,19 @@ MODIFIED = (
 )
 
 
-def invalid(resource: Resource, name: str, causes: Sequence[Cause]) -> ApiError:
-    """An object that may not be as it is: 422 with all causes."""
+def invalid(resource: Resource | None, name: str, causes: Sequence[Cause]) -> ApiError:
+    """An object that may not be as it is: 422 with all causes. None: a patch, of no kind."""
     told = [f"{one.field}: {one.message}" for one in causes]
     text = told[0] if len(told) == 1 else f"[{', '.join(told)}]"
-    kind = f"{resource.kind}.{resource.group}" if resource.group else resource.kind
-    error = _about(422, "Invalid", f'{kind} "{name}" is invalid: {text}', resource, name)
-    error.details["kind"] = resource.kind
+    kind = group = ""
+    if resource is not None:
+        kind, group = resource.kind, resource.group
+    error = ApiError(
+        422, "Invalid", f'{f"{kind}.{group}" if group else kind} "{name}" is invalid: {text}'
+    )
+    error.details = {"name": name, "kind": kind} if name else {}
+    if group:
+        error.details["group"] = group
     error.details["causes"] = [
         {"reason": one.reason, "message": one.message, "field": one.field} for one in causes
     ]
@@ -92,7 +98,7 @@ def status_of(error: ApiError) -> dict[str, Any]:
         "metadata": {},
         "status": "Failure",
         "message": str(error),
-        "reason": error.reason,
+        **({"reason": error.reason} if error.reason else {}),
         "code": error.code,
     }
     if error.details:

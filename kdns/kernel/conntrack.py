@@ -12,9 +12,10 @@ import errno
 import logging
 import struct
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from itertools import islice
+from typing import NamedTuple, TypeAlias
 
 from kdns.kernel.netlink import (
     NLM_F_DUMP_INTR,
@@ -60,6 +61,10 @@ _NFGEN = struct.Struct("=BBH")  # struct nfgenmsg: family, version, resource
 FEW_PORTS = 4
 # A table that changes its size interrupts a dump; after so many the last one must do.
 ATTEMPTS = 3
+# Flows held at a time, some 400 octets each: of a million only those that go are looked at
+# twice, so many at a time; and so often, lest it never ends where they come as fast.
+MOST_HELD = 1 << 16
+MOST_ROUNDS = 64
 # Deletions sent at once: their answers, about 1 kB of memory each, fit a socket's buffer.
 BATCH = 64
 
@@ -68,6 +73,9 @@ BATCH = 64
 MOST_OWED = 1 << 14
 # Seconds; kube-proxy's buckets for what it does in a sync (reference 1.15).
 BUCKETS = tuple(0.001 * 2**n for n in range(15))
+
+
+Chosen: TypeAlias = Callable[[Iterator[Flow]], Iterator[Flow]]
 
 
 class Dump(NamedTuple):
@@ -163,23 +171,37 @@ class FlowCleaner:
 
 def clean_flows(options: Options, check: StaleCheck) -> Cleaned:
     """Delete the flows that `check` calls stale; blocks. Raises NetlinkError."""
-    dump = dump_udp_flows(options.family, check.ports)
     node: Collection[str] = ()
-    if dump.flows and check.node_ports:
+    if check.node_ports:
         local = local_networks(options.family) if options.node_port_addresses is None else ()
         node = node_port_networks(options, local)
-    stale = list(check.stale(dump.flows, node))
-    return Cleaned(delete_flows(options.family, stale) if stale else 0, dump.complete)
+    deleted = 0
+    for _ in range(MOST_ROUNDS):
+        dump = dump_udp_flows(
+            options.family, check.ports, lambda flows: check.stale(flows, node), MOST_HELD
+        )
+        if dump.flows:
+            deleted += delete_flows(options.family, dump.flows)
+        if len(dump.flows) < MOST_HELD:
+            return Cleaned(deleted, dump.complete)
+    return Cleaned(deleted, False)
 
 
-def dump_udp_flows(family: Family, ports: Collection[int] | None = None) -> Dump:
+def dump_udp_flows(
+    family: Family,
+    ports: Collection[int] | None = None,
+    chosen: Chosen = iter,
+    most: int | None = None,
+) -> Dump:
     """Return the UDP flows whose original destination port is in `ports`; None: any port.
 
+    chosen -- picks from what is read while it is read
+    most   -- of these are enough, or more if ports are asked for one by one
     Raises NetlinkError.
     """
     if ports is None or len(ports) > FEW_PORTS:
-        return retried(lambda: _dump(family, ports, None))
-    dumps = [retried(partial(_dump, family, ports, port)) for port in sorted(ports)]
+        return retried(lambda: _dump(family, ports, None, chosen, most))
+    dumps = [retried(partial(_dump, family, ports, port, chosen, most)) for port in sorted(ports)]
     return Dump([flow for one in dumps for flow in one.flows], all(one.complete for one in dumps))
 
 
@@ -192,10 +214,16 @@ def retried(attempt: Callable[[], Dump]) -> Dump:
     return attempt()
 
 
-def _dump(family: Family, ports: Collection[int] | None, port: int | None) -> Dump:
+def _dump(
+    family: Family,
+    ports: Collection[int] | None,
+    port: int | None,
+    chosen: Chosen,
+    most: int | None,
+) -> Dump:
     with Netfilter("list UDP flows") as link:
         body = _NFGEN.pack(ADDRESS_FAMILY[family], 0, 0) + _filter(port)
-        return collect_flows(link.dump(CT_GET, body), ports)
+        return collect_flows(link.dump(CT_GET, body), ports, chosen, most)
 
 
 def _filter(port: int | None) -> bytes:
@@ -234,22 +262,34 @@ def delete_flows(family: Family, flows: Sequence[Flow]) -> int:
 # --- reading -----------------------------------------------------------------------------------
 
 
-def collect_flows(datagrams: Iterable[bytes], ports: Collection[int] | None = None) -> Dump:
-    """Return the UDP flows in the datagrams of one dump, up to the message that ends it."""
-    flows: list[Flow] = []
-    interrupted = False
-    for datagram in datagrams:
-        for one in messages(datagram):
-            if one.flags & NLM_F_DUMP_INTR:
-                interrupted = True
-            if one.kind == NLMSG_DONE:
-                # Its body is 0, or an errno if the kernel could not go on.
-                failed = any(datagram[one.start : one.start + 4])
-                return Dump(flows, not (interrupted or failed))
-            flow = parse_flow(datagram, one.start + _NFGEN.size, one.end, ports)
-            if flow is not None:
-                flows.append(flow)
-    return Dump(flows, False)
+def collect_flows(
+    datagrams: Iterable[bytes],
+    ports: Collection[int] | None = None,
+    chosen: Chosen = iter,
+    most: int | None = None,
+) -> Dump:
+    """Return the UDP flows in the datagrams of one dump, up to the message that ends it, or the
+    first `most` of those that are `chosen`."""
+    complete = False
+
+    def read() -> Iterator[Flow]:
+        nonlocal complete
+        interrupted = False
+        for datagram in datagrams:
+            for one in messages(datagram):
+                if one.flags & NLM_F_DUMP_INTR:
+                    interrupted = True
+                if one.kind == NLMSG_DONE:
+                    # Its body is 0, or an errno if the kernel could not go on.
+                    failed = any(datagram[one.start : one.start + 4])
+                    complete = not (interrupted or failed)
+                    return
+                flow = parse_flow(datagram, one.start + _NFGEN.size, one.end, ports)
+                if flow is not None:
+                    yield flow
+
+    flows = list(islice(chosen(read()), most))
+    return Dump(flows, complete or len(flows) == most)
 
 
 class _Tuple(NamedTuple):

@@ -16,9 +16,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import shlex
+import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address
 from typing import BinaryIO, Protocol
 
 from kdns.errors import ApplyError
@@ -58,6 +61,14 @@ CHUNK = 2000
 # transaction the kernel puts off because of another's begins it again by itself. Two take 1.9 s
 # where one takes 2.9 s (10,000 Services of two endpoints, iptables 1.8.9), three no less.
 WRITERS = 2
+_DOTTED = re.compile(r"::((?:[0-9]{1,3}\.){3}[0-9]{1,3})\b")
+# Services with a rule that iptables refuses, left out so that all others have theirs: so many a
+# sync are searched for, each at the price of a write, and more in all are no fault of theirs.
+MOST_AT_ONCE = 16
+MOST_REFUSED = 256
+# Seconds until one is tried again, and until it is if it has changed.
+REFUSED_FOR = 300.0
+REFUSED_REST = 10.0
 MOST_TOLD = 5  # differences named in one log line
 
 FAMILY_LABEL: Mapping[Family, str] = {4: "IPv4", 6: "IPv6"}
@@ -66,15 +77,29 @@ FAMILY_LABEL: Mapping[Family, str] = {4: "IPv4", 6: "IPv6"}
 class Rules(Protocol):
     """What is used of proxy/iptables.py's IptablesRules."""
 
-    def update(self, table: ForwardingTable, changed: Collection[Key] | None) -> None: ...
-    def full(self, stale: Iterable[str] = (), entry: Entry = ...) -> str: ...
+    def update(
+        self,
+        table: ForwardingTable,
+        changed: Collection[Key] | None,
+        without: Collection[Key] = ...,
+    ) -> None: ...
+    def owner(self, line: str) -> Key | None: ...
+    def full(
+        self, stale: Iterable[str] = (), entry: Entry = ..., stay: Collection[str] = ...
+    ) -> str: ...
     def chunks(
-        self, services: int, stale: Iterable[str] = (), entry: Entry = ...
+        self,
+        services: int,
+        stale: Iterable[str] = (),
+        entry: Entry = ...,
+        stay: Collection[str] = ...,
     ) -> Iterator[str]: ...
     def partial(self) -> str: ...
     def committed(self) -> None: ...
     def wanted(self) -> RuleSet: ...
     def counts(self) -> Mapping[str, int]: ...
+    @property
+    def service_chains(self) -> Collection[str]: ...
 
 
 @dataclass(slots=True)
@@ -98,14 +123,30 @@ class Held:
         """The per-service chains of the nat table, sorted."""
         return sorted(c for c in self.chains.get("nat", ()) if c.startswith(SERVICE_CHAINS))
 
+    @property
+    def led_to(self) -> frozenset[str]:
+        """Those of them that a rule of somebody else leads to."""
+        targets = {target_of(rule) for table, _, rule in self.leading if table == "nat"}
+        return frozenset(one for one in targets if one.startswith(SERVICE_CHAINS))
+
+
+@dataclass(slots=True)
+class _Refusal:
+    """A Service that is left out. Monotonic seconds: rest -- not before; due -- tried again."""
+
+    rest: float
+    due: float
+
 
 class IptablesDataplane:
     """Writes one family's rules with one variant of the programs.
 
-    One call at a time: sync.py's loop sees to it. Every method raises ApplyError.
+    One call at a time: sync.py's loop sees to it. Every method raises ApplyError. A Service with
+    a rule that iptables refuses is left out, told of, and tried again later.
 
     rules      -- for tests; what renders the rules
     generation -- nf_tables' present number, or None; asked in the programs' own namespace
+    clock      -- monotonic seconds
     """
 
     def __init__(
@@ -115,6 +156,7 @@ class IptablesDataplane:
         metrics: Metrics | None = None,
         rules: Rules | None = None,
         generation: Callable[[], int | None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.programs = programs
         self._rules: Rules = iptables.IptablesRules(options) if rules is None else rules
@@ -124,6 +166,10 @@ class IptablesDataplane:
         if generation is None and programs.variant == "nft" and not programs.prefix:
             generation = nft_generation
         self._generation = generation or (lambda: None)
+        self._clock = clock
+        self._refused: dict[Key, _Refusal] = {}
+        self._writers = WRITERS
+        self._stay: frozenset[str] = frozenset()  # chains not wanted that cannot go
         self._known = False  # the kernel holds what the rules were last committed as
         self._rendered = False  # the rules follow the table; False after a bug in rendering
         self._written = False  # something was written: or found there: there is something to verify
@@ -143,17 +189,30 @@ class IptablesDataplane:
         try:
             await asyncio.to_thread(self._render, table, changed)
             if full or not await self._write_partial():
-                await self._write_full(table)
+                await self._write_accepted(table)
         except ApplyError as e:
             self._tally.failed(full, e)
             raise
         self._known = True
-        self._tally.total(self._rules.counts())
+        self._tally.total(self._rules.counts(), len(self._refused))
 
     def _render(self, table: ForwardingTable, changed: Collection[Key]) -> None:
         known, self._rendered = self._rendered, False
-        self._rules.update(table, changed if known else None)
+        changed = {*changed, *self._tried_again(table, changed)}
+        self._rules.update(table, changed if known else None, self._refused)
         self._rendered = True
+
+    def _tried_again(self, table: ForwardingTable, changed: Collection[Key]) -> list[Key]:
+        """Take back, and return, the Services left out whose time has come."""
+        now, back = self._clock(), []
+        for key, refusal in self._refused.items():
+            if key in changed:
+                refusal.due = min(refusal.due, refusal.rest)
+            if now >= refusal.due or key not in table.services:
+                back.append(key)
+        for key in back:
+            del self._refused[key]
+        return back
 
     async def _write_partial(self) -> bool:
         """Write the difference; False, and nothing is written, if it is better done in chunks."""
@@ -167,11 +226,43 @@ class IptablesDataplane:
         self._rules.committed()
         return True
 
+    async def _write_accepted(self, table: ForwardingTable) -> None:
+        """Write all, but for Services with a rule that iptables refuses: it may be a match that
+        this kernel lacks, and what one Service asks for must not keep the others' rules away."""
+        suspect: Key | None = None
+        for _ in range(2 * MOST_AT_ONCE):
+            try:
+                await self._write_full(table)
+                return
+            except ApplyError as e:
+                key = self._rules.owner(e.line) if e.line and not e.busy else None
+                if key is None or len(self._refused) >= MOST_REFUSED:
+                    raise
+                self._tally.failed(True, e)
+                # Once may be due to another program that changed our chains meanwhile.
+                if key == suspect:
+                    await self._leave_out(table, key, e)
+                suspect = key
+        await self._write_full(table)
+
+    async def _leave_out(self, table: ForwardingTable, key: Key, why: ApplyError) -> None:
+        now = self._clock()
+        self._refused[key] = _Refusal(now + REFUSED_REST, now + REFUSED_FOR)
+        log.error(
+            "%s: Service %s is left out, it has no rules: one of them is refused: %s",
+            self._tally.family, "/".join(key), why,
+        )  # fmt: skip
+        await asyncio.to_thread(self._rules.update, table, (key,), self._refused)
+
     async def _write_full(self, table: ForwardingTable) -> None:
         rules = self._rules.counts().get("nat", 0)
         in_chunks = self.programs.variant == "nft" and rules > LARGE
         held, same = await self._read(compare=in_chunks)
         stale = held.per_service
+        stay = held.led_to.difference(self._rules.service_chains)
+        for chain in sorted(stay - self._stay):
+            log.warning("nat %s stays, empty: a rule of somebody else leads to it", chain)
+        self._stay = stay
         self._tally.written.clear()
         entry = entry_lines(self._jumps, held, self._fills_firewall)
         if same:
@@ -180,9 +271,9 @@ class IptablesDataplane:
                 await self._restore(iptables.render_entry(entry))
         elif in_chunks:
             services = max(1, CHUNK * len(table.services) // rules)
-            await self._write_chunks(self._rules.chunks(services, stale, entry))
+            await self._write_chunks(self._rules.chunks(services, stale, entry, stay))
         else:
-            await self._restore(await asyncio.to_thread(self._rules.full, stale, entry))
+            await self._restore(await asyncio.to_thread(self._rules.full, stale, entry, stay))
         self._rules.committed()
         self._written = True
         if self._doubt or not self._exact:
@@ -205,10 +296,13 @@ class IptablesDataplane:
         writers: set[asyncio.Task[None]] = set()
         try:
             while following:
-                writers = await _until_left(writers, WRITERS - 1)
+                writers = await _until_left(writers, self._writers - 1)
                 writers.add(asyncio.create_task(self._restore(text)))
                 text, following = following, await _next(texts)
             await _until_left(writers, 0)
+        except ApplyError:
+            self._writers = 1  # should two at a time be what this iptables fails at
+            raise
         finally:
             for writer in writers:
                 writer.cancel()
@@ -240,6 +334,8 @@ class IptablesDataplane:
         """
         if not self._written:
             return True
+        if any(refusal.due <= self._clock() for refusal in self._refused.values()):
+            return False  # time for another try
         generation = self._generation()
         if generation is not None and generation == self._verified:
             return True
@@ -256,8 +352,9 @@ class IptablesDataplane:
 
     async def _differences(self, exact: bool) -> list[str]:
         with await self.programs.save() as lines:
+            wanted = self._rules.wanted()
             return await asyncio.to_thread(
-                find_differences, lines, self._rules.wanted(), self._jumps, exact
+                find_differences, lines, wanted, self._jumps, exact, CANARY_TABLES, self._stay
             )
 
     # --- leaving ----------------------------------------------------------------------
@@ -351,14 +448,16 @@ def find_differences(
     jumps: RuleSet,
     exact: bool,
     canaries: Collection[str] = CANARY_TABLES,
+    stay: Collection[str] = (),
 ) -> list[str]:
     """Compare what iptables-save prints with what should be there; name each chain that differs.
 
     exact -- compare the text of rules, else only how many there are and their targets. The
              lines are looked at one by one: at 80,000 rules nothing bigger than a line is held
     canaries -- the tables that must hold one
+    stay     -- per-service chains that may be there though not wanted
     """
-    comparison = _Comparison(wanted, jumps, exact)
+    comparison = _Comparison(wanted, jumps, exact, stay)
     comparison.absent.update((table, CANARY) for table in canaries)
     for line in _decoded(lines):
         comparison.look(line)
@@ -368,8 +467,9 @@ def find_differences(
 class _Comparison:
     """Goes through what iptables-save prints: tables, their chains, then rules by chain."""
 
-    def __init__(self, wanted: RuleSet, jumps: RuleSet, exact: bool) -> None:
+    def __init__(self, wanted: RuleSet, jumps: RuleSet, exact: bool, stay: Collection[str]) -> None:
         self._exact = exact
+        self._stay = stay
         self._wanted = wanted
         # Chains to come, those with rules to come, and single rules to come in chains that
         # are not ours alone.
@@ -425,14 +525,19 @@ class _Comparison:
         if rules is None:
             if self._single and (self._chain == FIREWALL or " KUBE-" in rule):
                 self._single.discard((self._table, self._chain, tokens(rule)))
-        elif at < len(rules) and not (
-            rule == rules[at] or (not self._exact and target_of(rule) == target_of(rules[at]))
-        ):
+        elif at < len(rules) and not (rule == rules[at] or self._same(rule, rules[at])):
             self._differ.append(f"{self._table} {self._chain}: rule {at + 1} is another")
+
+    def _same(self, found: str, wanted: str) -> bool:
+        if self._exact:
+            return respelt(found) == wanted
+        return target_of(found) == target_of(wanted)
 
     def _declared(self, chain: str) -> None:
         self.absent.discard((self._table, chain))
-        if self._table == "nat" and chain.startswith(SERVICE_CHAINS) and chain not in self._chains:
+        if chain in self._chains or chain in self._stay:
+            return
+        if self._table == "nat" and chain.startswith(SERVICE_CHAINS):
             self._differ.append(f"nat {chain}: not wanted any more")
 
     def result(self) -> list[str]:
@@ -467,6 +572,12 @@ def target_of(rule: str) -> str:
         if found:
             return rest.split(" ", 1)[0]
     return ""
+
+
+def respelt(rule: str) -> str:
+    """Return a rule with its IPv6 addresses as we write them: glibc prints ::102:304, and what
+    else begins with 96 bits of 0, as ::1.2.3.4, Python and Go do not."""
+    return _DOTTED.sub(lambda match: str(IPv6Address(int(IPv4Address(match[1])))), rule)
 
 
 def tokens(rule: str) -> tuple[str, ...]:
@@ -559,7 +670,7 @@ class _Tally:
 
     def __init__(self, metrics: Metrics, family: str) -> None:
         prefix = "kubeproxy_sync_proxy_rules_iptables"
-        self._family = family
+        self.family = family
         self.written: dict[str, int] = {}
         labels = ("ip_family", "table")
         self._total = metrics.gauge(f"{prefix}_total", "Rules that our chains hold.", labels)
@@ -569,6 +680,11 @@ class _Tally:
         ).labels(family)
         self._partial_failures = metrics.counter(
             f"{prefix}_partial_restore_failures_total", "Partial syncs that failed.", ("ip_family",)
+        ).labels(family)
+        self._refused = metrics.gauge(
+            "kdns_proxy_services_refused",
+            "Services left out, because iptables refuses a rule of theirs.",
+            ("ip_family",),
         ).labels(family)
         self._locked = metrics.counter(
             "kdns_proxy_iptables_lock_failures_total",
@@ -591,7 +707,8 @@ class _Tally:
             self.written[table] = self.written.get(table, 0) + rules
             at = end + len("\nCOMMIT\n")
 
-    def total(self, counts: Mapping[str, int]) -> None:
+    def total(self, counts: Mapping[str, int], refused: int) -> None:
+        self._refused.set(refused)
         for table, count in counts.items():
-            self._total.labels(self._family, table).set(count)
-            self._last.labels(self._family, table).set(self.written.get(table, 0))
+            self._total.labels(self.family, table).set(count)
+            self._last.labels(self.family, table).set(self.written.get(table, 0))

@@ -186,15 +186,19 @@ def _error_in(datagram: bytes) -> int:
 RTM_NEWADDR, RTM_GETADDR, RTM_NEWROUTE, RTM_GETROUTE = 20, 22, 24, 26
 RTN_UNICAST, RTN_LOCAL = 1, 2
 RT_SCOPE_UNIVERSE = 0
-IFA_F_TENTATIVE, IFA_F_TEMPORARY = 0x40, 0x01
+RT_TABLE_MAIN = 254
+IFA_F_TEMPORARY, IFA_F_DADFAILED, IFA_F_DEPRECATED, IFA_F_TENTATIVE = 0x01, 0x08, 0x20, 0x40
+# IPv6: passing (RFC 8981), another host's, for old connections only, or not yet there.
+NOT_FOR_OTHERS = IFA_F_TEMPORARY | IFA_F_DADFAILED | IFA_F_DEPRECATED | IFA_F_TENTATIVE
 IFA_ADDRESS, IFA_LOCAL = 1, 2
-RTA_DST, RTA_OIF, RTA_PRIORITY, RTA_PREFSRC = 1, 4, 6, 7
+RTA_DST, RTA_OIF, RTA_PRIORITY, RTA_PREFSRC, RTA_MULTIPATH = 1, 4, 6, 7, 9
 _NUMBER: Mapping[Family, int] = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 _ADDRESS = struct.Struct("=BBBBI")  # ifaddrmsg: family, prefix length, flags, scope, interface
 # rtmsg: family, lengths of destination and source, TOS, table, protocol, scope, type, flags
 _ROUTE = struct.Struct("=BBBBBBBBI")
 _U32 = struct.Struct("=I")
+_NEXT_HOP = struct.Struct("=HBBI")  # rtnexthop: length, flags, weight, interface
 
 
 class _Routing(Netfilter):
@@ -215,8 +219,10 @@ class NodeAddress(NamedTuple):
 
 
 class _Route(NamedTuple):
-    """kind -- RTN_; destination, source, interface -- "" or 0 where it has none."""
+    """table -- RT_TABLE_, 252 for numbers above 255; kind -- RTN_; destination, source,
+    interface -- "" or 0 where it has none."""
 
+    table: int
     kind: int
     destination: str
     length: int
@@ -233,8 +239,7 @@ def node_addresses(family: Family) -> tuple[NodeAddress, ...]:
         # The address itself; IFA_ADDRESS is the other end of a point-to-point link.
         address = _text(values.get(IFA_LOCAL) or values.get(IFA_ADDRESS))
         if address:
-            passing = flags & (IFA_F_TENTATIVE | IFA_F_TEMPORARY)
-            universal = scope == RT_SCOPE_UNIVERSE and not (family == 6 and passing)
+            universal = scope == RT_SCOPE_UNIVERSE and not (family == 6 and flags & NOT_FOR_OTHERS)
             found.append(NodeAddress(_interface(index), address, prefix, universal))
     return tuple(found)
 
@@ -261,7 +266,11 @@ def default_address(family: Family) -> str:
     defaults = [
         route
         for route in _routes("list the node's routes", family)
-        if route.length == 0 and route.interface and route.kind == RTN_UNICAST
+        # Other tables are for some packets only, such as those of a Pod with its own interface.
+        if route.table == RT_TABLE_MAIN
+        and route.length == 0
+        and route.interface
+        and route.kind == RTN_UNICAST
     ]
     if not defaults:
         return ""
@@ -283,11 +292,12 @@ def _routes(purpose: str, family: Family) -> Iterator[_Route]:
     """Yield the routes of all tables."""
     for head, values in _listed(purpose, family, RTM_GETROUTE, RTM_NEWROUTE, _ROUTE):
         yield _Route(
+            head[4],
             head[7],
             _text(values.get(RTA_DST)),
             head[1],
             _text(values.get(RTA_PREFSRC)),
-            _number(values.get(RTA_OIF)),
+            _number(values.get(RTA_OIF)) or _first_hop(values.get(RTA_MULTIPATH)),
             _number(values.get(RTA_PRIORITY)),
         )
 
@@ -322,6 +332,11 @@ def _text(octets: bytes | None) -> str:
 
 def _number(octets: bytes | None) -> int:
     return int(_U32.unpack(octets)[0]) if octets and len(octets) == _U32.size else 0
+
+
+def _first_hop(octets: bytes | None) -> int:
+    """Return the interface of the first of several next hops; 0 if there is none."""
+    return int(_NEXT_HOP.unpack_from(octets)[3]) if octets and len(octets) >= 8 else 0
 
 
 def _interface(index: int) -> str:

@@ -32,6 +32,13 @@ LOCK_WAIT = "5"  # seconds that a program itself waits for the xtables lock (ref
 RESTORE_WAITS = (1, 6, 2)  # the first versions that take -w, and --random-fully
 RANDOM_FULLY = (1, 6, 2)
 RESOURCE_PROBLEM = 4  # exit status: a lock not got, memory, or no permission
+LASTING = (  # reasons for it that do not pass: no right, or a match that this kernel lacks
+    "ermission denied",
+    "Operation not permitted",
+    "No such file or directory",
+    "not supported",
+    "Invalid argument",
+)
 
 # Seconds until a program is given up. A restore of 80,000 rules in one piece took 93 s.
 RESTORE_TIMEOUT = 180.0
@@ -85,7 +92,18 @@ class Programs:
         status, output, stderr = await _run(program, argv, RESTORE_TIMEOUT, text)
         output.close()
         if status != 0:
-            raise ApplyError(program, blame(stderr, text), is_busy(status, stderr))
+            line = refused_line(stderr, text)
+            raise ApplyError(program, blame(stderr, text), is_busy(status, stderr), line)
+
+    async def look(self) -> None:
+        """Raise ApplyError unless the kernel has the nat table."""
+        # Without -w iptables-legacy 1.8.9 waits for ever.
+        ask = ("-w", "1", "-t", "nat", "-S", "POSTROUTING", "1")
+        argv = (*self.prefix, _path(self.name), *ask)
+        status, output, stderr = await _run(self.name, argv, SAVE_TIMEOUT)
+        output.close()
+        if status != 0:
+            raise ApplyError(self.name, blame(stderr, ""), is_busy(status, stderr))
 
     async def save(self, table: str = "") -> BinaryIO:
         """Return what iptables-save prints of `table` ("": of all there are), as an open file.
@@ -137,6 +155,27 @@ async def find_programs(families: Collection[Family] = (4, 6), prefix: Sequence[
     )
 
 
+async def leave_out_families(found: Found) -> Found:
+    """Return `found` without a family that this kernel cannot translate, as long as there is one
+    that it can: a node whose kernel has no IPv6 nat has IPv4 all the same (as kube-proxy)."""
+    failures: dict[Family, ApplyError] = {}
+    for family, programs in found.programs.items():
+        try:
+            await programs.look()
+        except ApplyError as e:
+            if not e.busy and "ermi" not in e.stderr:  # a lock, a right: said by the first sync
+                failures[family] = e
+    if len(failures) == len(found.programs):
+        return found
+    return Found(
+        {family: one for family, one in found.programs.items() if family not in failures},
+        (*found.warnings, *(
+            f"no Service is forwarded to over IPv{family}, this kernel cannot: {failure}"
+            for family, failure in failures.items()
+        )),
+    )  # fmt: skip
+
+
 async def find_variants(family: Family, prefix: Sequence[str] = ()) -> dict[Variant, Programs]:
     """Return the variants installed for `family`, that of the plain name first."""
     base = BASE[family]
@@ -173,11 +212,13 @@ class Survey:
 
     hinted -- kubelet made its chains there
     rules  -- of anybody; ours: those in KUBE- chains
+    hidden -- why what is there cannot be seen; "": it can, or there is no such variant
     """
 
     hinted: bool = False
     rules: int = 0
     ours: int = 0
+    hidden: str = ""
 
 
 def choose_variant(surveys: Mapping[Variant, Survey], default: Variant) -> Variant:
@@ -193,19 +234,21 @@ def choose_variant(surveys: Mapping[Variant, Survey], default: Variant) -> Varia
 async def _survey(
     variant: Variant, installed: Mapping[Family, Mapping[Variant, Programs]]
 ) -> Survey:
-    hinted, rules, ours = False, 0, 0
+    hinted, rules, ours, hidden = False, 0, 0, ""
     for variants in installed.values():
         programs = variants.get(variant)
         if programs is None:
             continue
         try:
             output = await programs.save()
-        except ApplyError:  # a kernel without this variant: it holds nothing there
-            continue
+        except ApplyError as e:
+            if "ermi" in e.stderr:  # not permitted, permission denied
+                hidden = str(e)
+            continue  # else a kernel without this variant: it holds nothing there
         with output:
             part = await asyncio.to_thread(_count, output)
         hinted, rules, ours = hinted or part.hinted, rules + part.rules, ours + part.ours
-    return Survey(hinted, rules, ours)
+    return Survey(hinted, rules, ours, hidden)
 
 
 def _count(lines: BinaryIO) -> Survey:
@@ -225,7 +268,15 @@ def _mix(chosen: Variant, surveys: Mapping[Variant, Survey]) -> list[str]:
     """Two rule sets both see every packet, and neither program shows the other's."""
     warnings = []
     for variant, survey in surveys.items():
-        if variant == chosen or not survey.rules:
+        if variant == chosen:
+            continue
+        if survey.hidden:
+            remedy = ": it takes the capability NET_RAW" if variant == "legacy" else ""
+            warnings.append(
+                f"iptables rules of variant {variant} cannot be seen{remedy} ({survey.hidden});"
+                f" {chosen} is used, which is wrong if this node's programs use {variant}"
+            )
+        if not survey.rules:
             continue
         whose = f", {survey.ours} of them in KUBE- chains" if survey.ours else ""
         warnings.append(
@@ -240,29 +291,41 @@ def _mix(chosen: Variant, surveys: Mapping[Variant, Survey]) -> list[str]:
 
 
 def is_busy(status: int, stderr: str) -> bool:
-    """Say whether a program failed for a lock or another resource that may soon be free."""
-    return status == RESOURCE_PROBLEM and "ermission denied" not in stderr
+    """Say whether a program failed for a lock or another resource that may soon be free.
+
+    iptables-nft leaves with the same status for whatever the kernel refuses.
+    """
+    return status == RESOURCE_PROBLEM and not any(reason in stderr for reason in LASTING)
 
 
 def blame(stderr: str, text: str) -> str:
-    """Return what a program said in one line, with the line of `text` that it said it about.
+    """Return what a program said in one line, with the line of `text` that it said it about."""
+    said = "; ".join(line for line in stderr.splitlines() if not _NOISE.match(line.strip()))
+    said = said or "failed and said nothing"
+    at, line = _refused(stderr, text)
+    return f"{said}; line {at} of its input: {line}" if at else said
+
+
+def refused_line(stderr: str, text: str) -> str:
+    """Return the line of `text` that a program did not take; "" if it does not say which."""
+    return _refused(stderr, text)[1]
+
+
+def _refused(stderr: str, text: str) -> tuple[int, str]:
+    """Return (number, line); (0, "") if it is not known.
 
     The nft variant notices a missing chain only at COMMIT: then the chain's name says which.
     """
-    said = "; ".join(line for line in stderr.splitlines() if not _NOISE.match(line.strip()))
-    said = said or "failed and said nothing"
     number = _LINE.search(stderr)
     if number is None or not text:
-        return said
+        return 0, ""
     lines = text.splitlines()
     at = int(number[1])
     missing = _CHAIN.search(stderr)
     if missing is not None:
         jumps = (f"-j {missing[1]}", f"-g {missing[1]}", f"-A {missing[1]} ")
         at = next((i for i, line in enumerate(lines, 1) if any(j in line for j in jumps)), at)
-    if not 0 < at <= len(lines):
-        return said
-    return f"{said}; line {at} of its input: {lines[at - 1]}"
+    return (at, lines[at - 1]) if 0 < at <= len(lines) else (0, "")
 
 
 def _which(program: str) -> str | None:

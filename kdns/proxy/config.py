@@ -112,7 +112,7 @@ class Ipvs:
 @dataclass(frozen=True, slots=True)
 class DetectLocal:
     bridge_interface: str = _set("bridgeInterface", s.Interface(), "")
-    interface_name_prefix: str = _set("interfaceNamePrefix", s.Interface(), "")
+    interface_name_prefix: str = _set("interfaceNamePrefix", s.Interface(s.MAX_PREFIX), "")
 
 
 @dataclass(frozen=True, slots=True)

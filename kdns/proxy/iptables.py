@@ -143,15 +143,36 @@ class IptablesRules:
         self._large: bool | None = None
         self._committed = False
 
-    def update(self, table: ForwardingTable, changed: Collection[Key] | None) -> None:
-        """Render the Services in `changed` anew; None: all of them."""
+    def update(
+        self,
+        table: ForwardingTable,
+        changed: Collection[Key] | None,
+        without: Collection[Key] = (),
+    ) -> None:
+        """Render the Services in `changed` anew; None: all of them.
+
+        without -- Services that get no rules
+        """
         large = table.endpoints > LARGE
         if changed is None or large != self._large:  # the switch changes every comment
             changed = table.services.keys() | self._holdings.keys()
         self._large = large
         spelling = Spelling(self._options, large)
         for key in sorted(changed):
-            self._replace(key, table.services.get(key, ()), spelling)
+            ports = () if key in without else table.services.get(key, ())
+            self._replace(key, ports, spelling)
+
+    def owner(self, line: str) -> Key | None:
+        """Return the Service that a line of a restore text was written for; None: for none."""
+        _, chain, rule = (*line.split(" ", 2), "", "")[:3]
+        number, _, inserted = rule.partition(" ")
+        texts = (rule, inserted if number.isdecimal() else rule)
+        for key, holding in self._holdings.items():
+            if chain in holding.chains:
+                return key
+            if any(one.chain == chain and text[3] in texts for one, text in holding.rules):
+                return key
+        return None
 
     def _replace(self, key: Key, ports: Iterable[Forwarding], spelling: Spelling) -> None:
         chains: dict[str, str] = {}
@@ -200,22 +221,32 @@ class IptablesRules:
             if (shared, rule) not in kept:
                 self._shared[shared].add(rule)
 
-    def full(self, stale: Iterable[str] = (), entry: Entry = _NO_ENTRY) -> str:
+    def full(
+        self,
+        stale: Iterable[str] = (),
+        entry: Entry = _NO_ENTRY,
+        stay: Collection[str] = (),
+    ) -> str:
         """Return the restore text (--noflush) that puts all chains as they must be.
 
         stale -- per-service chains of the nat table that the kernel holds besides ours; those
                  we do not want are removed
         entry -- what else to do in the same transactions
+        stay  -- chains that cannot be removed: they are emptied
         """
         filters, nat = _Section("filter"), _Section("nat")
         self._write_fixed(filters, nat)
         self._write_services(nat, sorted(self._holdings))
         self._write_shared(filters, nat)
-        self._drop(nat, stale)
+        self._drop(nat, stale, stay)
         return _text(filters, nat, entry)
 
     def chunks(
-        self, services: int, stale: Iterable[str] = (), entry: Entry = _NO_ENTRY
+        self,
+        services: int,
+        stale: Iterable[str] = (),
+        entry: Entry = _NO_ENTRY,
+        stay: Collection[str] = (),
     ) -> Iterator[str]:
         """Yield the same as full() in several texts, the chains of `services` Services each.
 
@@ -228,7 +259,7 @@ class IptablesRules:
         """
         keys = sorted(self._holdings)
         if len(keys) <= services:
-            yield self.full(stale, entry)
+            yield self.full(stale, entry, stay)
             return
         for start in range(0, len(keys), services):
             filters, nat = _Section("filter"), _Section("nat")
@@ -240,7 +271,7 @@ class IptablesRules:
                 yield text
         filters, nat = _Section("filter"), _Section("nat")
         self._write_shared(filters, nat)
-        self._drop(nat, stale)
+        self._drop(nat, stale, stay)
         yield _text(filters, nat, entry)
 
     def partial(self) -> str:
@@ -281,6 +312,11 @@ class IptablesRules:
             rules["nat"][chain] = tuple(line[cut:] for line in text.splitlines())
         return rules
 
+    @property
+    def service_chains(self) -> Collection[str]:
+        """The names of the per-service chains wanted."""
+        return self._chains.keys()
+
     def counts(self) -> Mapping[str, int]:
         """Return the number of rules wanted in each table."""
         counts = {table: sum(map(len, chains.values())) for table, chains in self._fixed.items()}
@@ -303,12 +339,15 @@ class IptablesRules:
         for (table, chain), shared in self._shared.items():
             (nat if table == "nat" else filters).chain(chain, shared.whole())
 
-    def _drop(self, nat: _Section, stale: Iterable[str]) -> None:
+    def _drop(self, nat: _Section, stale: Iterable[str], stay: Collection[str] = ()) -> None:
         """Drop what nothing jumps to any more: `stale`, and what was wanted until now."""
         gone = {chain for chain in stale if chain.startswith(SERVICE_CHAINS)}
         gone.update(self._changed)
         for chain in sorted(gone.difference(self._chains)):
-            nat.drop(chain)
+            if chain in stay:
+                nat.chain(chain, "")
+            else:
+                nat.drop(chain)
 
 
 class _Section:

@@ -136,7 +136,9 @@ class Spelling:
                     yield NAT_SERVICES, to_address + match(kind) + target
                     if target == firewall:
                         yield _LB_FIREWALL, to_address + words.not_accepted + "DROP"
-                if external != "forward":
+                # Once, if it is both: of two equal rules the kernel would delete the first one.
+                twice = kind == "loadbalancer IP" and address in port.external_ips
+                if external != "forward" and not twice:
                     yield _EXTERNAL, to_address + self._refusal(words, external)
         yield from self._shared_node_ports(port, words)
 

@@ -17,6 +17,7 @@ from typing import Any, Final
 MAX_SECONDS = (1 << 63) / 1e9  # Go's time.Duration, int64 of nanoseconds
 MAX_INT32 = (1 << 31) - 1
 MAX_INTERFACE = 15  # octets of an interface's name (IFNAMSIZ without its NUL)
+MAX_PREFIX = 14  # of its beginning: iptables writes "+" behind it, and counts that
 
 _UNITS: Final = {
     "ns": Fraction(1, 10**9),
@@ -134,15 +135,19 @@ class Word(Kind):
 
 
 class Interface(Kind):
-    """The name of a network interface, or how it begins."""
+    """The name of a network interface, or how it begins. most -- octets it may have"""
 
     metavar = "NAME"
 
+    def __init__(self, most: int = MAX_INTERFACE) -> None:
+        self.most = most
+
     def read(self, value: object) -> str:
-        if not isinstance(value, str) or len(value.encode()) > MAX_INTERFACE:
-            raise ValueError(f"must be an interface's name of at most {MAX_INTERFACE} characters")
-        if any(c.isspace() or c == "/" for c in value):
-            raise ValueError("must be an interface's name, without spaces and slashes")
+        if not isinstance(value, str) or len(value.encode()) > self.most:
+            raise ValueError(f"must be an interface's name of at most {self.most} characters")
+        # Linux takes nearly all else; but iptables' words are quoted, and may begin like these.
+        if any(c.isspace() or c in "/\\\"'" for c in value) or value.startswith(("-", "!")):
+            raise ValueError("must be an interface's name, without spaces, slashes and quotes")
         return value
 
 

@@ -48,6 +48,7 @@ _AFFINITY_DEFAULT: Final = 10800
 _AFFINITY_MAX: Final = 86400
 # Source ranges whose parsed form is remembered: some Services share long lists of them.
 _RANGES_KNOWN: Final = 4096
+_RANGE_LONGEST: Final = 128  # characters, with space around it
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,7 +401,9 @@ def _affinity(spec: ServiceSpec) -> int:
 def _source_ranges(texts: Iterable[str], family: Family) -> tuple[str, ...]:
     """Return the CIDRs of the family; none, so that nothing is filtered, where one of them is
     every address there is (reference 1.1)."""
-    nets = [net for text in texts if (net := _range(text)) and net.version == family]
+    # Whoever writes them: text of any length is not remembered.
+    fitting = [text.strip() for text in texts if len(text) <= _RANGE_LONGEST]
+    nets = [net for text in fitting if (net := _range(text)) and net.version == family]
     if any(net.prefixlen == 0 for net in nets):
         return ()
     return tuple(dict.fromkeys(map(str, nets)))
@@ -419,7 +422,7 @@ def _lies_in(address: str, ranges: tuple[str, ...]) -> bool:
 @lru_cache(maxsize=_RANGES_KNOWN)
 def _range(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
     """Read a CIDR; None if it is not one. A bare address is none: it has no prefix length."""
-    base, slash, length = text.strip().partition("/")
+    base, slash, length = text.partition("/")
     address = canonical_address(base)
     # A netmask in dotted form is not a length, though ipaddress would take it.
     if not slash or address is None or not (length.isascii() and length.isdigit()):

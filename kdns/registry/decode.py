@@ -19,6 +19,7 @@ import msgspec
 from msgspec.structs import force_setattr
 
 from kdns.errors import Denied, Expired, ObjectError, SourceError, Unreachable
+from kdns.registry.endpoints import canonical_address
 from kdns.registry.objects import (
     ENDPOINT_SLICE,
     NAMESPACE,
@@ -63,6 +64,7 @@ MAX_NAME = 253  # of objects whose name is no label: Pods, EndpointSlices
 MAX_PORT = 65535
 ADDRESS_TYPES = ("IPv4", "IPv6", "FQDN")
 _ADDRESSES_KNOWN = 1 << 14  # IPv6; each some 200 octets: addresses come again with every event
+LONGEST_IPV6 = 45  # characters; what is longer is not remembered either
 _SHARED = 1 << 10  # ports, names of nodes and the like that many objects have in common
 _JSON_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
@@ -349,11 +351,13 @@ def check(kind: Kind, obj: Object) -> None:
 
 def _check_service(service: Service) -> None:
     meta, spec = service.metadata, service.spec
-    if spec.cluster_ip not in ("", "None"):
-        _check_address(SERVICE, meta, "spec.clusterIP", spec.cluster_ip)
-    for i, ip in enumerate(spec.cluster_ips or ()):
-        if ip not in ("", "None"):
-            _check_address(SERVICE, meta, f"spec.clusterIPs[{i}]", ip)
+    ip = spec.cluster_ip
+    if ip not in ("", "None") and not is_address(ip):
+        force_setattr(spec, "cluster_ip", _without_zeros(SERVICE, meta, "spec.clusterIP", ip))
+    ips = spec.cluster_ips or []
+    for i, ip in enumerate(ips):
+        if ip not in ("", "None") and not is_address(ip):
+            ips[i] = _without_zeros(SERVICE, meta, f"spec.clusterIPs[{i}]", ip)
     _check_ports(SERVICE, meta, spec.ports)
 
 
@@ -404,9 +408,11 @@ def _check_slice(one: EndpointSlice) -> None:
         if endpoint.hostname:
             _check_label(ENDPOINT_SLICE, meta, f"endpoints[{i}].hostname", endpoint.hostname)
         if one.address_type != "FQDN":
-            for address in endpoint.addresses:
+            addresses = endpoint.addresses
+            for j, address in enumerate(addresses):
                 if not is_address(address):
-                    _check_address(ENDPOINT_SLICE, meta, f"endpoints[{i}].addresses", address)
+                    field = f"endpoints[{i}].addresses"
+                    addresses[j] = _without_zeros(ENDPOINT_SLICE, meta, field, address)
 
 
 def _check_pod(pod: Pod) -> None:
@@ -423,6 +429,15 @@ def _check_address(kind: Kind, meta: Meta, field: str, text: str) -> None:
         raise ObjectError(kind, _key_text(meta), field, f"{text[:64]!r} is not an IP address")
 
 
+def _without_zeros(kind: Kind, meta: Meta, field: str, text: str) -> str:
+    """Return an IPv4 address written 010.096.000.001, as objects of old clusters have them and
+    kube-proxy reads them. Raises ObjectError if it is none."""
+    found = canonical_address(text)
+    if found is None:
+        raise ObjectError(kind, _key_text(meta), field, f"{text[:64]!r} is not an IP address")
+    return found[1]
+
+
 def _check_label(kind: Kind, meta: Meta, field: str, text: str) -> None:
     if not _LABEL.match(text):
         raise ObjectError(
@@ -437,7 +452,7 @@ def _check_label(kind: Kind, meta: Meta, field: str, text: str) -> None:
 
 def is_address(text: str) -> bool:
     """True for an IPv4 or IPv6 address without a scope."""
-    return _IPV4.fullmatch(text) is not None or _is_ipv6(text)
+    return _IPV4.fullmatch(text) is not None or (len(text) <= LONGEST_IPV6 and _is_ipv6(text))
 
 
 @lru_cache(maxsize=_ADDRESSES_KNOWN)

@@ -29,6 +29,9 @@ _ADDRESS_TYPES: Final = {4: "IPv4", 6: "IPv6"}
 # Addresses whose canonical form is remembered: the largest Services change often, and each
 # change reads all of their endpoints anew. About 250 bytes each.
 _ADDRESSES_KNOWN: Final = 16384
+# Characters; what is longer is no address, and not remembered. An address takes 45 at most, but
+# for zeros before its numbers.
+_LONGEST: Final = 64
 _IPV4: Final = re.compile(r"\.".join(["(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"] * 4))
 _ZEROS: Final = re.compile(r"\.".join(["0*([0-9]{1,3})"] * 4))
 
@@ -246,7 +249,7 @@ def canonical_address(text: str) -> tuple[int, str] | None:
     """
     if _IPV4.fullmatch(text):  # most are: this is as fast as remembering them, and needs less
         return 4, text
-    return _canonical(text)
+    return _canonical(text) if len(text) <= _LONGEST else None
 
 
 @lru_cache(maxsize=_ADDRESSES_KNOWN)

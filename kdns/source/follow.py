@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kdns.errors import ConfigError, Problem, SourceError
 from kdns.metrics import Metrics
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from kdns.source.manifests import ManifestSource
 
 log = logging.getLogger("kdns")
+
+# What runs a registry's source: follow() below, or the embedded registry's own.
+Follow: TypeAlias = Callable[
+    [KubeSpec | ManifestSpec, Pipeline, Metrics], Coroutine[Any, Any, None]
+]
 
 RESTART = 1.0  # seconds: a bug met at once again must not take the processor
 LISTING = 30.0  # seconds that listing once may take

@@ -120,7 +120,7 @@ class KubeSource:
                 group.create_task(self._follow(kind), name=f"watch {kind}")
 
     async def _follow(self, kind: Kind) -> None:
-        reflector = Reflector(kind, self._rng, self._timing, self._selectors(kind))
+        reflector = Reflector(kind, self._rng, self._timing, selectors_of(self._spec, kind))
         async with Connection() as connection:
             while True:
                 step = reflector.next()
@@ -128,26 +128,6 @@ class KubeSource:
                     await asyncio.sleep(step.seconds)
                 else:
                     await self._exchange(kind, reflector, step, connection)
-
-    def _selectors(self, kind: Kind) -> list[tuple[str, str]]:
-        selectors = []
-        labels = []
-        # CoreDNS: `labels` is not for ServiceImports, but for their slices.
-        if kind not in (NAMESPACE, SERVICE_IMPORT, NODE) and self._spec.label_selector:
-            labels.append(self._spec.label_selector)
-        if self._spec.only_forwarded and kind in FORWARDED_LABELS:
-            labels.append(FORWARDED_LABELS[kind])
-        if kind == ENDPOINT_SLICE and not self._spec.want_endpoints:
-            labels.append(IMPORT_NAME_LABEL)  # only those that have it
-        if labels:
-            selectors.append(("labelSelector", ",".join(labels)))
-        if kind == POD:
-            selectors.append(("fieldSelector", LIVE_PODS))
-        elif kind == NODE:
-            selectors.append(("fieldSelector", f"metadata.name={self._spec.node}"))
-        elif kind == SERVICE and self._spec.only_forwarded:
-            selectors.append(("fieldSelector", NOT_HEADLESS))
-        return selectors
 
     async def _exchange(
         self, kind: Kind, reflector: Reflector, request: Request, connection: Connection
@@ -236,6 +216,28 @@ class KubeSource:
     def _count(self, host: str, code: str, began: float) -> None:
         self._requests.labels(code, "GET", host).add()
         self._durations.labels("GET", host).add(self._clock() - began)
+
+
+def selectors_of(spec: KubeSpec, kind: Kind) -> list[tuple[str, str]]:
+    """Return the query parameters that choose the objects of a kind that `spec` wants."""
+    selectors = []
+    labels = []
+    # CoreDNS: `labels` is not for ServiceImports, but for their slices.
+    if kind not in (NAMESPACE, SERVICE_IMPORT, NODE) and spec.label_selector:
+        labels.append(spec.label_selector)
+    if spec.only_forwarded and kind in FORWARDED_LABELS:
+        labels.append(FORWARDED_LABELS[kind])
+    if kind == ENDPOINT_SLICE and not spec.want_endpoints:
+        labels.append(IMPORT_NAME_LABEL)  # only those that have it
+    if labels:
+        selectors.append(("labelSelector", ",".join(labels)))
+    if kind == POD:
+        selectors.append(("fieldSelector", LIVE_PODS))
+    elif kind == NODE:
+        selectors.append(("fieldSelector", f"metadata.name={spec.node}"))
+    elif kind == SERVICE and spec.only_forwarded:
+        selectors.append(("fieldSelector", NOT_HEADLESS))
+    return selectors
 
 
 def _say(error: Exception) -> str:

@@ -123,7 +123,7 @@ class ManifestSource:
         look = _Look()
         seen: set[str] = set()
         for path in self._spec.paths:
-            found = list(islice(_files_below(path), MAX_FILES + 1))
+            found = list(islice(files_below(path), MAX_FILES + 1))
             if len(found) > MAX_FILES:
                 look.unknown.append(f"{path} holds over {MAX_FILES} manifests")
                 found = []
@@ -170,7 +170,7 @@ class ManifestSource:
         look.changed = True
 
 
-def _files_below(path: str) -> Iterator[str]:
+def files_below(path: str) -> Iterator[str]:
     """Yield a file itself, or the manifests of a folder and those below it."""
     if os.path.isfile(path):
         yield path
