@@ -32,8 +32,9 @@ def main() -> int:
     parser.add_argument("source", metavar="SOURCE", help="address that the packet comes from")
     parser.add_argument("to", metavar="DESTINATION:PORT", help="with /udp or /sctp, if not TCP")
     parser.add_argument("--interface", default="eth0", help="that it comes in by  [%(default)s]")
+    nodes = ", ".join(EXAMPLE_NODES)
     parser.add_argument("--node", action="append", metavar="ADDRESS",
-                        help=f"of the node itself; may be repeated  {list(EXAMPLE_NODES)}")  # fmt: skip
+                        help=f"of the node itself; may be repeated  [{nodes}]")  # fmt: skip
     args = parser.parse_args()
     try:
         packet = packet_of(args.source, args.to, args.interface)
