@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench lock clean
+.PHONY: help demo test test-ipvs lint format bench lock clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/pip:
 	@$(PYTHON) .ci/make_venv.py $(VENV)
@@ -27,6 +27,9 @@ demo: $(STAMP) ## start kdns over examples/ and ask it what a person would
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest -n auto
+
+test-ipvs: $(STAMP) ## test mode ipvs in a small virtual machine
+	$(BIN)/python .ci/ipvs_vm.py
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -18,7 +18,9 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """Import the library at its first use: the command line does without."""
     if name in ("Cluster", "LocalCluster"):
-        from kdns import cluster
+        from kdns.runtime import without_collections
 
+        with without_collections():
+            from kdns import cluster
         return getattr(cluster, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,18 +22,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kdns.errors import ConfigError, KdnsError, Problem
-from kdns.kernel import sysctl
+from kdns.kernel import modes, sysctl
 from kdns.kernel.conntrack import FlowCleaner
 from kdns.kernel.healthcheck import NodeHttp, ServiceHealthServers
-from kdns.kernel.iptables import IptablesDataplane, cleanup_all
+from kdns.kernel.modes import Relaying, Way
 from kdns.kernel.netlink import default_address, node_addresses
-from kdns.kernel.programs import Found, find_programs, leave_out_families
+from kdns.kernel.programs import find_programs
 from kdns.kernel.sync import SyncLoop, Timing
 from kdns.logs import JsonFormatter, setup_logging
 from kdns.metrics import Metrics
 from kdns.pipeline import Pipeline, Words
 from kdns.proxy import config as settings
-from kdns.proxy.config import LocalAddress, ProxyConfig
+from kdns.proxy.config import LocalAddress, Mode, ProxyConfig
 from kdns.proxy.flags import Parsed, parse_flags, settle
 from kdns.proxy.health import NodeHealth, Times, health_check_ports
 from kdns.proxy.iptables import render_rules
@@ -92,6 +92,7 @@ class Agent:
     spec   -- where the registry comes from
     once   -- leave after the first sync
     follow -- runs the registry's source
+    relaying -- of the userspace mode
     """
 
     def __init__(
@@ -103,8 +104,10 @@ class Agent:
         config_file: str = "",
         once: bool = False,
         follow: Follow = follow,
+        relaying: Relaying | None = None,
     ) -> None:
         self._follow = follow
+        self._relaying = relaying or Relaying()
         self.config = config
         self.node = node
         self.metrics = Metrics()
@@ -114,7 +117,9 @@ class Agent:
         self._spec = spec
         self._config_file = config_file
         self._once = once
-        self._found = Found({})
+        self._way = Way({}, {})
+        self._cleaned: asyncio.Task[None] | None = None
+        self._places: frozenset[str] = frozenset()
         self._local: tuple[LocalAddress, ...] = ()
         self._default: dict[Family, str] = {}  # the address of the default route
         self._snapshot = Snapshot()
@@ -141,15 +146,18 @@ class Agent:
     async def run(self) -> None:
         """Forward until stop(). Raises KdnsError if it cannot start or must be started anew."""
         check_permission()
-        self._found = await leave_out_families(await find_programs(families_here()))
-        for family, programs in self._found.programs.items():
-            log.info("%s: writing rules with %s", FAMILY_LABEL[family], programs)
-        for warning in self._found.warnings:
-            log.warning("%s", warning)
-        self._times.update(dict.fromkeys(self._found.programs))
-        self.health.notes = self._found.warnings
         await asyncio.to_thread(self._read_addresses)
-        apply_sysctls(self.config)
+        self._way = await modes.find_way(self.config, families_here(), self._default, self.metrics)
+        for family, told in self._way.told.items():
+            log.info("%s: the %s mode, %s", FAMILY_LABEL[family], self.config.mode, told)
+        for warning in self._way.warnings:
+            log.warning("%s", warning)
+        self._times.update(dict.fromkeys(self._way.makers))
+        self.health.notes = self._way.warnings
+        if self._way.writes:
+            apply_sysctls(self.config)
+            if self.config.mode == "userspace":
+                sysctl.apply_tw_reuse()
         self._http = NodeHttp(self.config, self.metrics, self.health)
         try:
             async with asyncio.TaskGroup() as group:
@@ -187,6 +195,7 @@ class Agent:
         for side in self.sides.values():
             await side.loop.close()
             side.wake.set()
+        self._way.close()
         if self._checks is not None:
             await self._checks.stop()
         if self._http is not None:
@@ -199,6 +208,11 @@ class Agent:
         for side in self.sides.values():
             side.wake.set()
 
+    async def clean_up(self) -> None:
+        """Remove what this run wrote, when it has ended. Raises ApplyError."""
+        if self._way.writes:
+            await modes.CLEANERS[self.config.mode](families_here())
+
     def health_now(self) -> bool:
         """Say whether the node's rules are, or soon will be, what they must be."""
         return self.health.healthy(time.time())
@@ -206,7 +220,7 @@ class Agent:
     def _read_addresses(self) -> None:
         """Ask the kernel for the node's addresses; blocks."""
         try:
-            for family in self._found.programs:
+            for family in families_here():
                 self._local += tuple((a.address, a.prefix) for a in node_addresses(family))
                 self._default[family] = default_address(family)
         except KdnsError as e:
@@ -292,13 +306,14 @@ class Agent:
                 )
             return False
         assert self._group is not None
-        for family, programs in self._found.programs.items():
+        self._cleaned = self._group.create_task(self._clean_before(), name="clean")
+        for family, make in self._way.makers.items():
             options = replace(
                 settings.options_of(self.config, family, node, self._local),
-                random_fully=programs.random_fully,
+                random_fully=family in self._way.random_fully,
                 drop_invalid=not sysctl.is_tcp_liberal(),
             )
-            dataplane = IptablesDataplane(programs, options, self.metrics)
+            dataplane = make(options, self.metrics)
             timing = Timing(
                 sync_period=self.config.sync_period, min_sync_period=self.config.min_sync_period
             )
@@ -310,7 +325,7 @@ class Agent:
                 lambda table, changed, full, f=family: self._synced(f, table, changed),  # type: ignore[misc]
                 on_failed=self._sync_failed,
             )
-            loop.warnings += self._found.warnings
+            loop.warnings += self._way.warnings
             side = _Side(
                 family,
                 options,
@@ -320,9 +335,29 @@ class Agent:
             )
             self.sides[family] = side
             self._times[family] = loop
-            self._group.create_task(loop.run(), name=f"sync {FAMILY_LABEL[family]}")
+            self._group.create_task(self._sync(loop), name=f"sync {FAMILY_LABEL[family]}")
             self._group.create_task(self._follow_syncs(side), name=f"flows {FAMILY_LABEL[family]}")
         return True
+
+    async def _sync(self, loop: SyncLoop) -> None:
+        assert self._cleaned is not None
+        await asyncio.shield(self._cleaned)
+        await loop.run()
+
+    async def _clean_before(self) -> None:
+        if self._way.writes:
+            self._note(await modes.clean_before(self.config.mode, families_here()))
+
+    async def _clean_after(self) -> None:
+        """Remove what an earlier run in another mode left, now that our rules are there."""
+        if self._way.writes:
+            self._note(await modes.clean_after(self.config.mode, families_here()))
+        self._leave_if_once()
+
+    def _note(self, failures: Sequence[str]) -> None:
+        for text in failures:
+            log.warning("%s", text)
+        self.health.notes = (*self.health.notes, *failures)
 
     def _view(self, family: Family, node: Node | None) -> NodeView:
         view = settings.node_view(self.config, family, self.node, node)
@@ -366,23 +401,39 @@ class Agent:
             for seconds in side.triggered.pop(key):
                 self._latency[family].add(max(0.0, now - seconds))
         side.synced = table
-        side.cleaner.note(table, changed)
+        if self.config.mode != "userspace":  # there, flows are this process's own
+            side.cleaner.note(table, changed)
+        self._tell_places()
         side.wake.set()
         self._table_synced.set()
         if len([one for one in self.sides.values() if one.synced]) == len(self.sides):
             self._all_synced()
+
+    def _tell_places(self) -> None:
+        """Tell where Services listen, of those that are new there."""
+        places = self._way.places()
+        for place in places:
+            if place not in self._places:
+                log.info("%s", place)
+        self._places = frozenset(places)
 
     def _sync_failed(self, error: Exception) -> None:
         if self._once:
             self.stop(str(error))
 
     def _all_synced(self) -> None:
-        if self._once:
-            self.stop()
-        elif not self._told_ready:
+        if self._told_ready:
+            return
+        self._told_ready = True
+        assert self._group is not None
+        self._group.create_task(self._clean_after(), name="clean")
+        if not self._once:
             settle_memory()
             log.info("the rules of this node are up to date")
-            self._told_ready = True
+
+    def _leave_if_once(self) -> None:
+        if self._once:
+            self.stop()
 
     async def _serve_checks(self) -> None:
         """Answer on the health-check node ports of the Services that the kernel has."""
@@ -488,18 +539,22 @@ def families_here() -> tuple[Family, ...]:
     return FAMILIES if os.path.exists("/proc/net/if_inet6") else (4,)
 
 
-def check_permission(status: Path = Path("/proc/self/status")) -> None:
-    """Raise KdnsError unless this process may write rules: else it would try for ever.
-
-    status -- the kernel's word on a process
-    """
+def may_write(status: Path = Path("/proc/self/status")) -> bool:
+    """Whether this process may write rules. status -- the kernel's word on a process"""
     for line in status.read_text(encoding="utf-8", errors="replace").splitlines():
         name, _, value = line.partition(":")
-        if name == "CapEff" and not int(value, 16) >> NET_ADMIN & 1:
-            raise KdnsError(
-                "no permission to write iptables rules: run as root, or with the capability"
-                " NET_ADMIN (a container: securityContext.capabilities.add)"
-            )
+        if name == "CapEff":
+            return bool(int(value, 16) >> NET_ADMIN & 1)
+    return True
+
+
+def check_permission(status: Path = Path("/proc/self/status")) -> None:
+    """Raise KdnsError unless this process may write rules: else it would try for ever."""
+    if not may_write(status):
+        raise KdnsError(
+            "no permission to write rules: run as root, or with the capability NET_ADMIN (a"
+            " container: securityContext.capabilities.add); --proxy-mode=userspace needs neither"
+        )
 
 
 def host_name() -> str:
@@ -567,11 +622,44 @@ def table_for(
 
 
 def rules_text(
-    snapshot: Snapshot, config: ProxyConfig, family: Family, node: str
+    snapshot: Snapshot, config: ProxyConfig, family: Family, node: str, explain: bool = False
 ) -> tuple[str, list[str]]:
-    """Return a node's rules as one text, and what an operator should know about them."""
+    """Return a node's rules as one text, and what an operator should know about them.
+
+    explain -- with each rule, whose it is and what it is for
+    """
     table, options = table_for(snapshot, config, family, node)
-    return render_rules(table, options), list(conflicts(table))
+    return spell(config, table, options, explain), list(conflicts(table))
+
+
+def spell(
+    config: ProxyConfig, table: ForwardingTable, options: Options, explain: bool = False
+) -> str:
+    """Return what the mode that is wanted makes of a table."""
+    match config.mode:
+        case "nftables":
+            from kdns.proxy import nftables
+
+            return nftables.render_rules(table, options, explain)
+        case "ipvs":
+            from kdns.proxy import ipvs
+
+            return ipvs.render_rules(table, options, config.ipvs.scheduler, explain)
+        case "userspace":
+            from kdns.proxy import userspace
+
+            return userspace.render_rules(table, options, explain=explain)
+        case _:
+            return render_rules(table, options, explain)
+
+
+# Programs that take what a mode prints, by family; ipvs says so itself for each part.
+PROGRAMS: Mapping[Mode, Mapping[Family, str]] = {
+    "iptables": {4: "iptables-restore --noflush", 6: "ip6tables-restore --noflush"},
+    "userspace": {4: "iptables-restore --noflush", 6: "ip6tables-restore --noflush"},
+    "nftables": {4: "nft -f -", 6: "nft -f -"},
+    "ipvs": {4: "IPv4", 6: "IPv6"},
+}
 
 
 # --- entry points of the command line --------------------------------------------------------
@@ -588,6 +676,7 @@ def command(parsed: Parsed) -> int:
             raise ConfigError([Problem(parsed.config_path, 0, f"cannot be read: {why}")]) from None
         read = settings.parse_config(text, parsed.config_path)
     settled = settle(parsed, read)
+    relaying = _relaying(parsed, settled.config)
     handler = setup_logging(sys.stderr if parsed.dry_run else sys.stdout)
     if settled.config.logging.format == "json":
         handler.setFormatter(JsonFormatter())
@@ -620,14 +709,39 @@ def command(parsed: Parsed) -> int:
     if parsed.init_only:
         apply_sysctls(config)
         return 0
-    _run(lambda: Agent(config, spec, node, config_file=parsed.config_path, once=parsed.once))
+    _run(
+        lambda: Agent(
+            config, spec, node, config_file=parsed.config_path, once=parsed.once,
+            relaying=relaying,
+        )
+    )  # fmt: skip
     return 0
 
 
+def _relaying(parsed: Parsed, config: ProxyConfig) -> Relaying:
+    """Return what is said of the userspace mode. Raises ConfigError."""
+    if parsed.once and config.mode == "userspace":
+        text = "is not for the userspace mode: connections go through this process"
+        raise ConfigError([Problem("--once", 0, text)])
+    if not parsed.portmap:
+        return Relaying(None, parsed.udp_idle)
+    from kdns.proxy.userspace import parse_portmap
+
+    portmap = parse_portmap(parsed.portmap)
+    if config.mode != "userspace":
+        text = f"is for --proxy-mode=userspace, and the mode is {config.mode}"
+        raise ConfigError([Problem("--portmap", 0, text)])
+    return Relaying(portmap, parsed.udp_idle)
+
+
 async def _clean_up() -> None:
-    """Remove what is ours, as far as there are programs for it; one that is missing is an error."""
-    await cleanup_all(families_here())
-    await find_programs(families_here())
+    """Remove what any mode wrote, as far as there are programs for it. Raises KdnsError."""
+    failures = await modes.clean_all(families_here())
+    for text in failures[1:]:
+        log.error("%s", text)
+    if failures:
+        raise KdnsError(failures[0])
+    await find_programs(families_here())  # one that is missing may have left rules
 
 
 def _run(make: Callable[[], Agent]) -> None:
@@ -653,18 +767,19 @@ def _print_rules(spec: KubeSpec | ManifestSpec, config: ProxyConfig, node: str) 
         text, notes = rules_text(snapshot, config, family, name)
         for note in notes:
             log.warning("%s", note)
-        print(f"# for {'iptables' if family == 4 else 'ip6tables'}-restore --noflush")
+        print(f"# for {PROGRAMS[config.mode][family]}")
         print(text, end="")
 
 
 def rules_of(
-    flags: Sequence[str], manifests: Sequence[str], family: Family
+    flags: Sequence[str], manifests: Sequence[str], family: Family, explain: bool = False
 ) -> tuple[str, list[str]]:
     """Return the rules that `kdns proxy` with these flags would write for manifests, and what
     an operator should know about them. Raises ConfigError."""
     config = settle(parse_flags(flags), None).config
     snapshot = list_registry(ManifestSpec(tuple(manifests)))
-    return rules_text(snapshot, config, family, node_in(snapshot, config.hostname_override))
+    node = node_in(snapshot, config.hostname_override)
+    return rules_text(snapshot, config, family, node, explain)
 
 
 def dump(stage: str, manifests: Sequence[str], node: str, cluster_cidr: str) -> Iterator[str]:

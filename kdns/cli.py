@@ -31,6 +31,8 @@ DEFAULT_CONF = "Corefile"
 # What CoreDNS serves where there is no Corefile (reference 2.5).
 DEFAULT_COREFILE = ".:{port} {{\n    whoami\n    log\n}}\n"
 STDIN = "stdin"
+# kdns/proxy/config.py's, which would cost each command its import.
+MODES = ("iptables", "nftables", "ipvs", "userspace")
 # The Pod ranges of kubeadm's documentation, and of Pods made from manifests.
 DEFAULT_CLUSTER_CIDR = "10.244.0.0/16,fd00:10:244::/56"
 DEFAULT_API_PORT = 6443  # kube-apiserver's
@@ -232,7 +234,7 @@ def _count(n: int, what: str) -> str:
     envvar="KDNS_DNS_PORT", help="Port of DNS, UDP and TCP; 0 picks a free one.",
 )  # fmt: skip
 @click.option(
-    "--proxy-mode", type=click.Choice(["none", "iptables"]), default="none", show_default=True,
+    "--proxy-mode", type=click.Choice(["none", *MODES]), default="none", show_default=True,
     help="Forward Services on this host; iptables needs root.",
 )  # fmt: skip
 @click.option(
@@ -257,6 +259,11 @@ def _count(n: int, what: str) -> str:
     show_default=True, help="Seconds until a new Pod is ready.",
 )  # fmt: skip
 @click.option(
+    "--pod-termination-delay", metavar="S", type=click.FloatRange(0, 3600), default=0.0,
+    show_default=True, help="Seconds a deleted Pod is still there, terminating; its grace at"
+    " most.",
+)  # fmt: skip
+@click.option(
     "--service-cluster-ip-range", "service_cidr", metavar="C", default="10.96.0.0/12",
     show_default=True, help="Where Services have their ClusterIPs; one CIDR a family.",
 )  # fmt: skip
@@ -277,6 +284,9 @@ def _count(n: int, what: str) -> str:
 def up(**flags: Any) -> int:
     """Run a Kubernetes API for Services, DNS and, if asked to, forwarding: all in one."""
     began = time.monotonic()
+    from kdns.runtime import collect_rarely
+
+    collect_rarely()  # before all the rest is imported, which stays
     from kdns.up import Wishes, command
 
     return command(Wishes(**flags), began)
@@ -312,18 +322,21 @@ def proxy(args: tuple[str, ...]) -> int:
     help="Whose rules.  [default: the only Node there is; without Nodes, this host]",
 )  # fmt: skip
 @click.option(
-    "--mode", type=click.Choice(["iptables"]), default="iptables", show_default=True,
-    help="How the rules are written.",
+    "--mode", type=click.Choice(MODES), default="iptables", show_default=True,
+    help="How the rules are written: for iptables-restore, nft, or ipvsadm and ipset.",
 )  # fmt: skip
 @click.option(
     "--family", type=click.Choice(["ipv4", "ipv6"]), default="ipv4", show_default=True,
-    help="For iptables-restore or for ip6tables-restore.",
+    help="Whose rules.",
 )  # fmt: skip
+@click.option("--explain", is_flag=True, help="Say of each rule whose it is and what it is for.")
 @click.option(
     "--cluster-cidr", metavar="C", default=DEFAULT_CLUSTER_CIDR, show_default=True,
     help="Where the cluster's Pods have their addresses, one CIDR a family; '' for nowhere.",
 )  # fmt: skip
-def rules(manifests: tuple[str, ...], node: str, mode: str, family: str, cluster_cidr: str) -> int:
+def rules(
+    manifests: tuple[str, ...], node: str, mode: str, family: str, explain: bool, cluster_cidr: str
+) -> int:
     """Print the rules of a node as text; the kernel is not touched."""
     from kdns import agent
 
@@ -332,7 +345,7 @@ def rules(manifests: tuple[str, ...], node: str, mode: str, family: str, cluster
         f"--cluster-cidr={cluster_cidr}",
         f"--hostname-override={node}",
     ]
-    text, notes = agent.rules_of(flags, manifests, 4 if family == "ipv4" else 6)
+    text, notes = agent.rules_of(flags, manifests, 4 if family == "ipv4" else 6, explain)
     for note in notes:
         click.echo(f"kdns: {note}", err=True)
     click.echo(text, nl=False)

@@ -26,7 +26,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
 import msgspec
 
@@ -57,9 +57,10 @@ from kdns.errors import ApiError, ConfigError, KdnsError, Problem
 from kdns.lookup import Lookup, in_a_pod
 from kdns.metrics import Metrics
 from kdns.plugins.chain import Pending, Result
-from kdns.registry.manifests import Document
 from kdns.server.client import candidates, search_path
-from kdns.source.manifests import files_below, parse_documents
+
+if TYPE_CHECKING:
+    from kdns.registry.manifests import Document
 
 T = TypeVar("T")
 # A path, YAML or JSON text, an object, or several of all these.
@@ -75,6 +76,7 @@ STORE_FILE: Final = "objects.db"
 PATIENCE: Final = 5.0  # seconds that something is waited for, unless told otherwise
 LOOK: Final = 0.05  # seconds between two looks at what no commit tells of
 STOP: Final = 10.0  # seconds a thread may take to start and to end
+EVERYWHERE: Final = ("0.0.0.0", "::")
 SLICES: Final = BY_PLURAL["discovery.k8s.io", "endpointslices"]
 # kubeadm's, without what listens on ports of its own.
 COREFILE: Final = """\
@@ -140,6 +142,7 @@ class Cluster:
     api_port, dns_port -- 0: any free one
     service_cidr, pod_cidr, lb_range -- ranges of addresses, one a family
     pod_ready_delay -- seconds until a new Pod is ready
+    pod_termination_delay -- seconds that a deleted Pod is still there, terminating
     upstream     -- who answers for all other names: addresses, or a resolv.conf; "": nobody
     corefile     -- path of a Corefile for DNS instead of kubeadm's
     guest        -- the process is not the cluster's own: its log and memory stay as they are
@@ -162,6 +165,7 @@ class Cluster:
         pod_cidr: str = "10.244.0.0/16",
         lb_range: str = "203.0.113.0/24",
         pod_ready_delay: float = 0.0,
+        pod_termination_delay: float = 0.0,
         upstream: str = "",
         corefile: str | os.PathLike[str] = "",
         guest: bool = True,
@@ -177,6 +181,7 @@ class Cluster:
         self._ports = (api_port, dns_port)
         self._ranges = (service_cidr, pod_cidr, lb_range)
         self._pod_ready_delay = pod_ready_delay
+        self._pod_termination_delay = pod_termination_delay
         self._upstream = upstream
         self._corefile = os.fspath(corefile)
         self._guest = guest
@@ -282,6 +287,10 @@ class Cluster:
         """Return what the API server's certificate is for."""
         names = ["localhost", socket.gethostname(), "kubernetes", "kubernetes.default",
                  "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"]  # fmt: skip
+        if self._bind in EVERYWHERE:
+            from kdns.kernel.netlink import default_address
+
+            names += filter(None, (default_address(4), default_address(6)))
         return list(dict.fromkeys([self._bind, "127.0.0.1", "::1", *names]))
 
     async def _start_controllers(self) -> None:
@@ -293,6 +302,7 @@ class Cluster:
                 node_addresses=self._node_addresses,
                 zones=self._zones,
                 pod_ready_delay=self._pod_ready_delay,
+                pod_termination_delay=self._pod_termination_delay,
                 api_address=(_reachable(self._bind), self.api.port),
                 dns_address=self.dns if self.app is not None else None,
                 root_ca=self._credentials.ca.decode(),
@@ -677,6 +687,9 @@ def resource_of(word: str) -> Resource:
 
 def _documents(what: Manifests) -> Iterator[Document]:
     """Yield the documents of all that apply() takes."""
+    from kdns.registry.manifests import Document
+    from kdns.source.manifests import files_below
+
     if isinstance(what, Mapping):
         yield Document("manifest", json.loads(msgspec.json.encode(what)))
     elif isinstance(what, str) and ("\n" in what or what.lstrip().startswith("{")):
@@ -695,6 +708,8 @@ def _documents(what: Manifests) -> Iterator[Document]:
 
 
 def _parsed(path: str, content: bytes) -> Sequence[Document]:
+    from kdns.source.manifests import parse_documents
+
     try:
         return parse_documents(path, content)
     except ValueError as e:

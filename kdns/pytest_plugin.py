@@ -42,7 +42,7 @@ def kdns_cluster(
     expire_watches, drop_connections, delay, fail, dns_servfail, dns_stale, reset.
     @pytest.mark.kdns(nodes=3, ...) says what it is like.
     """
-    from kdns.cluster import LocalCluster
+    from kdns import LocalCluster
 
     mark = request.node.get_closest_marker("kdns")
     with LocalCluster(*(mark.args if mark else ()), **(mark.kwargs if mark else {})) as cluster:
@@ -57,7 +57,7 @@ def kdns_cluster_session() -> Iterator[LocalCluster]:
     What a test leaves in it, the next one finds. KUBECONFIG names its kubeconfig from the
     first test that asks for it on; kdns_cluster's takes precedence where both are used.
     """
-    from kdns.cluster import LocalCluster
+    from kdns import LocalCluster
 
     with LocalCluster() as cluster, pytest.MonkeyPatch.context() as patch:
         patch.setenv("KUBECONFIG", cluster.kubeconfig)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # File descriptors wanted: a thousand connections a listener, a thousand sockets to upstreams.
 # The soft limit of 1,024 that services start with (systemd) is for programs that use select().
@@ -16,6 +18,19 @@ def collect_rarely() -> None:
     cycles, and to look at 20,000 objects again and again takes a quarter of a start; after
     50,000 net allocations it bounds those of errors."""
     gc.set_threshold(50_000, 20, 50)
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Have the garbage collector rest while modules are imported: what they make stays, and to
+    look at it time and again takes a seventh of it all."""
+    active = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if active:
+            gc.enable()
 
 
 def take_turns_often() -> None:

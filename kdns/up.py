@@ -7,21 +7,21 @@ ends. What a cluster is made of is cluster.py's.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
-import yaml
 
 from kdns import __version__
 from kdns.api.access import NAME, write_private
@@ -29,12 +29,11 @@ from kdns.api.declare import Applied, Declared, apply_all, problem_at, prune, re
 from kdns.cluster import Cluster, broken_file
 from kdns.errors import ConfigError, KdnsError, Problem
 from kdns.logs import setup_logging
-from kdns.registry.manifests import Document
-from kdns.runtime import collect_rarely, raise_file_limit
-from kdns.source.manifests import MAX_FILE, MAX_FILES, files_below, parse_documents
+from kdns.runtime import raise_file_limit, settle_memory, take_turns_often
 
 if TYPE_CHECKING:
     from kdns.agent import Agent
+    from kdns.registry.manifests import Document
 
 log = logging.getLogger("kdns.up")
 
@@ -43,6 +42,7 @@ STDIN: Final = "-"
 INTERVAL: Final = 1.0  # seconds between two looks at the manifests
 RULES_WAIT: Final = 10.0  # seconds the first rules may take before it counts as ready
 LOOK: Final = 0.01
+LOCK_WAIT: Final = 5.0  # seconds that somebody else may take to write a kubeconfig
 # How cluster.py's options are spelt on the command line.
 FLAGS: Final[Mapping[str, str]] = {
     "api_port": "--api-port",
@@ -60,9 +60,10 @@ class Wishes:
     api_port: int = 0
     dns_port: int = 0
     insecure: bool = False
-    proxy_mode: Literal["none", "iptables"] = "none"
+    proxy_mode: Literal["none", "iptables", "nftables", "ipvs", "userspace"] = "none"
     nodes: int = 1
     pod_ready_delay: float = 0.0
+    pod_termination_delay: float = 0.0
     service_cidr: str = "10.96.0.0/12"
     pod_cidr: str = "10.244.0.0/16"
     lb_range: str = "203.0.113.0/24"
@@ -79,7 +80,7 @@ def command(wishes: Wishes, began: float) -> int:
     """
     setup_logging(sys.stderr, quiet=True)
     raise_file_limit()
-    collect_rarely()
+    take_turns_often()  # a commit's thread, done, does not wait for a busy loop
     try:
         followed = Followed(wishes.manifests)
         # A broken file is said before anything is started. Not on the loop: a person may be
@@ -116,6 +117,7 @@ class _Up:
             pod_cidr=wishes.pod_cidr,
             lb_range=wishes.lb_range,
             pod_ready_delay=wishes.pod_ready_delay,
+            pod_termination_delay=wishes.pod_termination_delay,
             node_addresses=_node_addresses(wishes),
             upstream="/etc/resolv.conf",
             corefile=wishes.corefile,
@@ -127,7 +129,7 @@ class _Up:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._stop.set)
         wishes = self.wishes
-        if wishes.proxy_mode != "none":
+        if wishes.proxy_mode not in ("none", "userspace"):
             _check_permission()
         if wishes.ready_file:
             Path(wishes.ready_file).unlink(missing_ok=True)
@@ -161,8 +163,10 @@ class _Up:
             await self._start_proxy()
         await self.cluster.settle()
         if wishes.write_kubeconfig:
-            merge_kubeconfig(Path(wishes.write_kubeconfig), self.cluster.kubeconfig_dict)
+            path = Path(wishes.write_kubeconfig)
+            await asyncio.to_thread(merge_kubeconfig, path, self.cluster.kubeconfig_dict)
         self._tell_ready()
+        settle_memory()
         if wishes.manifests:
             self._tasks.append(asyncio.create_task(self._follow(followed)))
 
@@ -181,11 +185,8 @@ class _Up:
         if self._agent is not None and self._agent_task is not None:
             self._agent.stop()
             await asyncio.wait((self._agent_task,))
-            from kdns.agent import families_here
-            from kdns.kernel.iptables import cleanup_all
-
             # The addresses that the rules forward end with this process.
-            await cleanup_all(families_here())
+            await self._agent.clean_up()
         await self.cluster.stop()
         if self.wishes.ready_file:
             Path(self.wishes.ready_file).unlink(missing_ok=True)
@@ -252,6 +253,8 @@ class _Up:
     # --- what is said ---------------------------------------------------------------------
 
     def _tell_ready(self) -> None:
+        if not _only_here(self.wishes.bind):
+            log.warning("--bind %s: %s", self.wishes.bind, _open_to(self.wishes.insecure))
         host, port = self.cluster.dns
         dns = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         path = os.path.abspath(self.wishes.write_kubeconfig or self.cluster.kubeconfig)
@@ -281,8 +284,7 @@ class _Up:
         proxy = {
             "none": "none: ClusterIPs have names, and nobody forwards to them"
                     " (as root: --proxy-mode iptables)",
-            "iptables": "iptables, removed when this ends",
-        }[wishes.proxy_mode]  # fmt: skip
+        }.get(wishes.proxy_mode, f"{wishes.proxy_mode}, removed when this ends")  # fmt: skip
         open_to = "plain HTTP, for everybody who reaches it" if wishes.insecure else "TLS, token"
         lines = [
             f"kdns {__version__} is up after {time.monotonic() - self._began:.2f} s",
@@ -297,6 +299,22 @@ class _Up:
             f"  dig @{host} -p {port} kubernetes.default.svc.cluster.local +short",
         ]  # fmt: skip
         return "\n".join(lines)
+
+
+def _only_here(bind: str) -> bool:
+    """True for an address that other machines do not reach."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(bind).is_loopback
+    return bind == "localhost"
+
+
+def _open_to(insecure: bool) -> str:
+    if insecure:
+        return (
+            "other machines reach the API, and with --insecure everybody there may read and"
+            " change all of it, Secrets too"
+        )
+    return "other machines reach the API, with the token, and DNS, without"
 
 
 def _node_addresses(wishes: Wishes) -> list[str]:
@@ -362,6 +380,8 @@ class Followed:
             if path == STDIN:
                 documents += self._read_stdin(problems)
                 continue
+            from kdns.source.manifests import MAX_FILES, files_below  # YAML's reader with it
+
             found = list(islice(files_below(path), MAX_FILES + 1))
             if len(found) > MAX_FILES:
                 problems.append(Problem(path, 0, f"holds over {MAX_FILES} manifests"))
@@ -393,6 +413,8 @@ class Followed:
         return new
 
     def _read(self, path: str, problems: list[Problem]) -> Sequence[Document]:
+        from kdns.source.manifests import MAX_FILE, parse_documents
+
         known = self._files.get(path)
         try:
             status = os.stat(path)
@@ -415,6 +437,8 @@ class Followed:
         return documents
 
     def _read_stdin(self, problems: list[Problem]) -> Sequence[Document]:
+        from kdns.source.manifests import MAX_FILE, parse_documents
+
         if self._stdin is None:
             self._stdin = ()
             try:
@@ -457,28 +481,57 @@ def _file_of(where: str) -> str:
 
 def merge_kubeconfig(path: Path, ours: Mapping[str, Any]) -> None:
     """Put our cluster, user and context into a kubeconfig, made if there is none; what else is
-    in it stays. Raises ConfigError."""
+    in it stays, also what others write meanwhile. Raises ConfigError."""
+    import yaml  # only for those who ask for it
+
     path = path.resolve()  # what a link points to, not the link, is replaced
-    merged: dict[str, Any] = {}
     try:
-        with suppress(FileNotFoundError):
-            merged = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if not isinstance(merged, dict) or any(
-            not isinstance(merged.get(part) or [], list) for part in _PARTS
-        ):
-            raise ValueError("not a kubeconfig")
-        for part in _PARTS:
-            others = [one for one in merged.get(part) or [] if one.get("name") != NAME]
-            merged[part] = [*others, *ours[part]]
-        merged |= {name: ours[name] for name in ("apiVersion", "kind", "current-context")}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_private(path, yaml.safe_dump(merged, sort_keys=False).encode())
+        with _locked(path):
+            _merge(path, ours)
     except OSError as e:
         raise ConfigError([Problem(str(path), 0, f"cannot be written: {e.strerror}")]) from None
     except (ValueError, AttributeError, yaml.YAMLError):
         raise ConfigError(
             [Problem(str(path), 0, "is there and is not a kubeconfig; name another file")]
         ) from None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep out kubectl, which does likewise, and other runs of kdns while a file is changed."""
+    lock = path.with_name(f"{path.name}.lock")
+    until = time.monotonic() + LOCK_WAIT
+    while True:
+        try:
+            os.close(os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            break
+        except FileExistsError:
+            if time.monotonic() > until:
+                text = "is there: if nothing writes the kubeconfig now, remove it"
+                raise ConfigError([Problem(str(lock), 0, text)]) from None
+            time.sleep(LOOK)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _merge(path: Path, ours: Mapping[str, Any]) -> None:
+    import yaml
+
+    merged: dict[str, Any] = {}
+    with suppress(FileNotFoundError):
+        merged = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(merged, dict) or any(
+        not isinstance(merged.get(part) or [], list) for part in _PARTS
+    ):
+        raise ValueError("not a kubeconfig")
+    for part in _PARTS:
+        others = [one for one in merged.get(part) or [] if one.get("name") != NAME]
+        merged[part] = [*others, *ours[part]]
+    merged |= {name: ours[name] for name in ("apiVersion", "kind", "current-context")}
+    write_private(path, yaml.safe_dump(merged, sort_keys=False).encode())
 
 
 _PARTS: Final = ("clusters", "users", "contexts")

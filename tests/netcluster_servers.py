@@ -256,12 +256,22 @@ class Clients:
                 learn_at_once(sock)
             ip, port = source or ("", 0)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((ip, port or next(self.ports)))
+            self.bind(sock, ip, port)
             sock.connect((to[0], to[1]))
         except OSError:
             sock.close()
             raise
         return sock
+
+    def bind(self, sock: socket.socket, ip: str, port: int) -> None:
+        """Bind to `port`; 0: to the next that nobody has, where a proxy has flows of its own."""
+        while True:
+            try:
+                sock.bind((ip, port or next(self.ports)))
+                return
+            except OSError as error:
+                if port or error.errno != errno.EADDRINUSE:
+                    raise
 
     def say(self, sock: socket.socket) -> list[str]:
         # A rule of the node's own that drops or rejects fails the sending already; which of

@@ -131,6 +131,12 @@ def test_kubernetes_informer_keeps_up_over_lost_watches(cluster: LocalCluster) -
         later: dict[str, Any] = {**SERVICE, "metadata": {"name": "later"}}
         cluster.apply(later)
         wait_until(lambda: informer.cache.get_by_key("default/later"), "the cache has it")
+        # It was in the new list; this one is in the new watch. Between the two, the informer
+        # does not hear that it is to stop.
+        later["metadata"] = {"name": "last"}
+        cluster.apply(later)
+        assert seen.get(timeout=PATIENCE) == "later"
+        assert seen.get(timeout=PATIENCE) == "last"
     finally:
         informer.stop()
 

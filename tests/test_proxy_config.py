@@ -236,7 +236,8 @@ def test_unknown_and_repeated_fields_are_warnings() -> None:
         "f.yaml:4: warning: iptables.masqeradeBit: is no field, and ignored, did you mean"
         " 'masqueradeBit'?",
         "f.yaml:6: warning: iptables.syncPeriod: is given twice; this one counts",
-        "f.yaml:7: warning: udpIdleTimeout: is ignored: it went with the userspace mode",
+        "f.yaml:7: warning: udpIdleTimeout: is ignored: it went with"
+        " kube-proxy's userspace mode; ours has --udp-timeout",
         "f.yaml:8: warning: xyzzy: is no field, and ignored",
     ]
 
@@ -458,8 +459,7 @@ def _flat(part: Any, prefix: str = "") -> dict[str, object]:
         (["--iptables-min-sync-period=1m"],
          "iptables.minSyncPeriod: must be at most syncPeriod (30s), found 1m0s"),
         (["--hostname-override= "], "hostnameOverride: must be a name, found spaces"),
-        (["--proxy-mode=ipvs"], "mode: ipvs is not in this version, iptables is"),
-        (["--proxy-mode=userspace"], "mode: userspace is not in this version, iptables is"),
+        (["--udp-timeout=0s"], "--udp-timeout: must be more than 0, found '0s'"),
         (["--proxy-mode=kernelspace"], "--proxy-mode: must be iptables, nftables, ipvs or"
          " userspace, did you mean 'userspace'?, found 'kernelspace'"),
     ],
@@ -548,10 +548,10 @@ def test_no_cluster_cidr_is_a_warning() -> None:
     assert settle(parse_flags(["--detect-local-mode=NodeCIDR"]), None).warnings == ()
 
 
-def test_a_file_in_a_mode_not_in_this_version() -> None:
+@pytest.mark.parametrize("mode", ["iptables", "nftables", "ipvs", "userspace"])
+def test_a_file_says_the_mode(mode: str) -> None:
     parsed = parse_flags(["--config=f.yaml"])
-    found = mistakes(lambda: settle(parsed, read("mode: nftables\nclusterCIDR: 10.0.0.0/8")))
-    assert found == ["f.yaml: mode: nftables is not in this version, iptables is"]
+    assert settle(parsed, read(f"mode: {mode}\nclusterCIDR: 10.0.0.0/8")).config.mode == mode
 
 
 def test_periods_are_those_of_the_mode() -> None:

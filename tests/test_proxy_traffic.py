@@ -2,7 +2,8 @@
 
 The process runs in the node of a cluster of network namespaces (netcluster.py). What a test
 changes it changes in the folder; everything else happens by itself and is waited for. What
-becomes of packets is held against decide() as well, which knows nothing of iptables.
+becomes of packets is held against decide() as well, which knows nothing of iptables. All of it
+is done in each mode that the proxy has and traffic.TRAITS knows.
 
 Each traffic rule by itself is test_kernel_traffic.py's; what the process does beside
 forwarding is test_proxy_daemon.py's.
@@ -53,6 +54,7 @@ from traffic import (
     PASSED,
     PORT,
     REFUSED,
+    TRAITS,
     WHERE,
     Fate,
     Served,
@@ -92,8 +94,10 @@ class Site:
     # The hash of conntrack is the whole machine's.
     FLAGS = (f"--hostname-override={NODE_NAME}", "--conntrack-max-per-core=0", "--oom-score-adj=0")
 
-    def __init__(self, cluster: NetCluster, folder: Path) -> None:
+    def __init__(self, cluster: NetCluster, folder: Path, mode: str) -> None:
         self.cluster = cluster
+        self.mode = mode
+        self.traits = TRAITS[mode]
         self.folder = folder
         self.process: subprocess.Popen[bytes] | None = None
         self.starts = 0
@@ -113,7 +117,8 @@ class Site:
     def command(self, *flags: str) -> list[str]:
         """Return the command line of a proxy on the node. It dies with the tests."""
         on_node = [*self.cluster.enter("node"), "setpriv", "--pdeathsig", "KILL"]
-        return [*on_node, sys.executable, "-m", "kdns", "proxy", *self.FLAGS, *flags]
+        return [*on_node, sys.executable, "-m", "kdns", "proxy", *self.FLAGS,
+                f"--proxy-mode={self.mode}", *flags]  # fmt: skip
 
     def start(self, *flags: str) -> None:
         """Start the proxy and wait for its first sync."""
@@ -150,6 +155,11 @@ class Site:
             self.command(*flags), capture_output=True, text=True, check=False, timeout=2 * SETTLE,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
+
+    def held(self) -> str:
+        """Return the node's rules of IPv4."""
+        argv = ("iptables-save",) if self.mode == "iptables" else ("nft", "list", "ruleset")
+        return self.cluster.run("node", *argv)
 
     # --- its clients --------------------------------------------------------------------
 
@@ -217,12 +227,17 @@ def cluster() -> Iterator[NetCluster]:
         yield made
 
 
-@pytest.fixture
-def site(cluster: NetCluster, tmp_path: Path) -> Iterator[Site]:
+@pytest.fixture(params=list(TRAITS))
+def site(cluster: NetCluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
+    try:
+        cluster.run("node", "nft", "flush", "ruleset")
+    except Unavailable as error:
+        if request.param == "nftables":
+            pytest.skip(f"no nft here: {error}")
     for program in ("iptables-restore", "ip6tables-restore"):
         cluster.run("node", program, text="*mangle\nCOMMIT\n*filter\nCOMMIT\n*nat\nCOMMIT\n")
     cluster.request("node", "forget")
-    made = Site(cluster, tmp_path)
+    made = Site(cluster, tmp_path, request.param)
     try:
         yield made
     finally:
@@ -285,10 +300,11 @@ def test_walk_through_of_every_kind_of_service(site: Site) -> None:
     ]
     for origin, (ip, port) in product(("pod", "outside"), outer):
         site.expect(origin, ip, port, served(*both, masquerade=True))
-    site.expect("localhost", "127.0.0.1", NODE_PORT, served(*both, masquerade=True))
+    on_localhost = served(*both, masquerade=True) if site.traits.on_localhost else REFUSED
+    site.expect("localhost", "127.0.0.1", NODE_PORT, on_localhost)
     hairpin = Served({both[0]: True, both[1]: False})
     site.expect("pod-a", ips["cluster-ip"], PORT, hairpin)
-    held = site.cluster.run("node", "iptables-save")
+    held = site.held()
     assert "default/node-port" in held and "google-svc" not in held
 
     site.put(exposed("cluster-ip", ip=ips["cluster-ip"]), *slices[:1])
@@ -461,6 +477,54 @@ def test_draining_endpoint_keeps_its_connections_and_gets_no_new_ones(site: Site
         one.close()
 
 
+SWITCHES = [("iptables", "nftables"), ("nftables", "iptables"), ("iptables", "userspace"),
+            ("userspace", "nftables")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new"), SWITCHES, ids=str)
+def test_another_mode_takes_over_and_leaves_nothing_of_the_old_one(
+    cluster: NetCluster, tmp_path: Path, old: str, new: str
+) -> None:
+    site = Site(cluster, tmp_path, old)
+    cluster.run("node", "nft", "flush", "ruleset")
+    cluster.request("node", "forget")
+    try:
+        site.put(dual(), *ends((1, 10), (2, 10)))
+        site.start()
+        connection = cluster.open("outside", LB_IP[4], PORT)
+        before = connection.again()
+        assert site.end(signal.SIGTERM) == 0
+        site.mode, site.traits = new, TRAITS[new]
+        with site.connecting(("pod-b", CLUSTER_IP[4], PORT)) as replies:
+            site.start()
+            until("the old mode's rules are gone", lambda: not left_of(site, old), SETTLE)
+            taken_over = len(replies)
+            until("connections by the new ones", lambda: len(replies) > taken_over + 20)
+        if old != "userspace":  # there they went through the process that ended
+            assert {reply.outcome for reply in replies} == {"answered"}
+            again = connection.again()
+            assert (again.at, again.peer) == (before.at, before.peer)
+        connection.close()
+        fate = served(at(10, node=1), at(10, node=2), masquerade=True)
+        site.expect("outside", NODE_ADDRESS[4], NODE_PORT, fate)
+        assert site.end(signal.SIGTERM) == 0
+        assert site.finish("--cleanup").returncode == 0
+        assert not any(left_of(site, mode) for mode in TRAITS)
+    finally:
+        if site.process is not None:
+            site.end(signal.SIGKILL)
+
+
+# What only one mode has.
+SIGNS = {"iptables": ":KUBE-SVC-", "userspace": ":KUBE-PORTALS-", "nftables": "kube-proxy {"}
+
+
+def left_of(site: Site, mode: str) -> bool:
+    """Whether a mode's rules are on the node."""
+    argv = ("nft", "list", "ruleset") if mode == "nftables" else ("iptables-save",)
+    return SIGNS[mode] in site.cluster.run("node", *argv)
+
+
 def test_cleanup_ends_forwarding(site: Site) -> None:
     site.put(dual(), *ends((1, 10)))
     site.start()
@@ -523,17 +587,21 @@ def every_service() -> list[Object]:
 
 
 def decided(
-    forwarding: Forwarding, kind: FrontendKind, origin: Origin, **settings: bool
+    forwarding: Forwarding, kind: FrontendKind, origin: Origin, beside: Fate, **settings: bool
 ) -> Fate | None:
-    """Return what decide() says, in a client's terms; None if a client could not tell."""
+    """Return what decide() says, in a client's terms; None if a client could not tell.
+
+    beside -- what the node gets at an address that it does not have, without endpoints
+    """
     decision = decide(forwarding, kind, origin, **settings)
     if decision.verdict == "drop":
         return DROPPED
     if decision.verdict == "reject":
-        # The one exception (reference 1.3): OUTPUT does not lead to KUBE-EXTERNAL-SERVICES, so
-        # what the node itself sends to an address outside it leaves, and is nobody's here.
-        beside = origin == "node" and kind in ("external IP", "loadbalancer IP")
-        return PASSED if beside else REFUSED
+        # The one exception (reference 1.3), of iptables: OUTPUT does not lead to
+        # KUBE-EXTERNAL-SERVICES, so what the node itself sends to an address outside it leaves,
+        # and is nobody's here.
+        outside = origin == "node" and kind in ("external IP", "loadbalancer IP")
+        return beside if outside else REFUSED
     far = any(not endpoint.local for endpoint in decision.endpoints)
     if origin == "outside" and far and not decision.masquerade:
         return None  # the other node would answer it directly, from an address it did not ask
@@ -558,7 +626,9 @@ def test_packets_go_where_decide_says(site: Site, flags: tuple[str, ...]) -> Non
             compiler.update(snapshot, everything(snapshot))
             for one in compiler.table:
                 for place in one.frontends:
-                    fate = decided(one, place.kind, origin, **SETTINGS[flags])
+                    fate = decided(
+                        one, place.kind, origin, site.traits.node_beside, **SETTINGS[flags]
+                    )
                     if fate is None:
                         continue
                     ip = place.address or NODE_ADDRESS[family]

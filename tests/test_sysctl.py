@@ -14,9 +14,11 @@ from kdns.kernel.sysctl import (
     FLOWS,
     ROUTE_LOCALNET,
     TCP_BE_LIBERAL,
+    TW_REUSE,
     ConntrackSettings,
     apply_conntrack,
     apply_route_localnet,
+    apply_tw_reuse,
     flows_wanted,
     is_tcp_liberal,
 )
@@ -110,6 +112,14 @@ def test_route_localnet(root: Path) -> None:
     assert (outcome.state, held(root)[ROUTE_LOCALNET]) == ("written", 1)
     assert str(outcome) == f"{root / ROUTE_LOCALNET} set to 1, was 0"
     assert apply_route_localnet(root).state == "kept"
+
+
+def test_ports_of_ended_connections_are_taken_again(root: Path) -> None:
+    (root / TW_REUSE).parent.mkdir(parents=True, exist_ok=True)
+    (root / TW_REUSE).write_text("2\n", encoding="ascii")
+    assert apply_tw_reuse(root).state == "written"
+    assert (root / TW_REUSE).read_text() == "1\n"
+    assert apply_tw_reuse(root).state == "kept"
 
 
 def test_a_node_without_conntrack_is_told_which_module_to_load(

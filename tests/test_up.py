@@ -417,5 +417,5 @@ def test_forwarding_without_permission_says_so_at_once() -> None:
         capture_output=True, text=True, check=False, timeout=2 * PATIENCE, cwd=PROJECT,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "--proxy-mode: no permission to write iptables rules" in done.stderr
+    assert "--proxy-mode: no permission to write rules" in done.stderr
     assert done.stderr.count("\n") == 1

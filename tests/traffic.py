@@ -90,6 +90,66 @@ def own_address(origin: str, family: Family) -> str:
     return pod(PODS[where][0], family) if where in PODS else lan(where, family)
 
 
+# --- Modes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """In what one of kube-proxy's modes differs from the others, for clients (reference 2).
+
+    unknown_port   -- what becomes of a packet to a port of a ClusterIP that is none of the
+                      Service
+    refuses_node   -- the node itself is refused at once where an address that it does not have
+                      has no endpoints, as everybody else is
+    on_localhost   -- node ports answer on 127.0.0.1
+    passes_checks  -- lets health checks past a firewall that comes after it
+    guards_localhost -- opens 127.0.0.0/8 for routing, and so guards it against others
+    keeps_source   -- an endpoint may see the client's own address; not where a process of the
+                      node is in between, which is seen instead
+    carries_sctp   -- not where that process is, for it never did
+    out_of_ranges  -- what becomes of a TCP client outside the source ranges; the process sees
+                      it once it has accepted it
+    flows_follow   -- a UDP flow leaves an endpoint that is gone by itself: no kernel remembers
+                      where it went
+    """
+
+    unknown_port: Fate = PASSED
+    refuses_node: bool = False
+    on_localhost: bool = True
+    passes_checks: bool = True
+    guards_localhost: bool = True
+    keeps_source: bool = True
+    carries_sctp: bool = True
+    out_of_ranges: Fate = DROPPED
+    flows_follow: bool = False
+
+    @property
+    def node_beside(self) -> Fate:
+        """What the node gets at such an address."""
+        return REFUSED if self.refuses_node else PASSED
+
+
+TRAITS: Mapping[str, Traits] = {
+    "iptables": Traits(),
+    "nftables": Traits(
+        unknown_port=REFUSED,
+        refuses_node=True,
+        on_localhost=False,
+        passes_checks=False,
+        guards_localhost=False,
+    ),
+    "userspace": Traits(
+        refuses_node=True,
+        passes_checks=False,
+        guards_localhost=False,
+        keeps_source=False,
+        carries_sctp=False,
+        out_of_ranges="ECONNRESET",
+        flows_follow=True,
+    ),
+}
+
+
 # --- Objects ----------------------------------------------------------------------------------
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import gzip
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import msgspec
-import yaml
 from aiohttp import web
 
 from kdns.api import status
@@ -24,6 +23,8 @@ from kdns.api.table import render_table
 from kdns.errors import ApiError
 
 GZIP_FROM: Final = 128 << 10  # octets of an answer, as kube-apiserver
+MAX_WARNINGS: Final = 4096  # characters of all warnings of an answer, as kube-apiserver
+MAX_WARNING: Final = 256  # of one, where they are more than that
 FORMS: Final = ("json", "yaml", "table", "metadata")
 
 Dict: TypeAlias = dict[str, Any]
@@ -52,7 +53,7 @@ class Answers:
         revision = result.obj["metadata"].get("resourceVersion", "0")
         response = self.shaped(request, resource, [result.obj], accepted, int(revision), one=True)
         response.set_status(code)
-        for text in dict.fromkeys(result.warnings):
+        for text in bounded(dict.fromkeys(result.warnings)):
             warn(response, text)
         return response
 
@@ -80,6 +81,8 @@ class Answers:
             body = {"kind": f"{resource.kind}List", "apiVersion": resource.api_version,
                     "metadata": list_meta, "items": objects}  # fmt: skip
         if accepted.form == "yaml":
+            import yaml  # only for those who ask for it
+
             text = yaml.safe_dump(body, sort_keys=True).encode()
             return bytes_response(request, text, accepted.content_type)
         return bytes_response(request, msgspec.json.encode(body), accepted.content_type)
@@ -121,8 +124,24 @@ def scale_of(obj: Obj) -> Dict:
 def warn(response: web.StreamResponse, text: str) -> None:
     """Add a warning that kubectl shows (RFC 7234 5.5)."""
     if not response.prepared:
-        quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+        # It may quote what a client has sent: what would end the header is not part of it.
+        plain = "".join(one if one.isprintable() else "\ufffd" for one in text)
+        quoted = plain.replace("\\", "\\\\").replace('"', '\\"')
         response.headers.add("Warning", f'299 - "{quoted}"')
+
+
+def bounded(texts: Iterable[str]) -> Iterator[str]:
+    """Yield warnings as long as headers may be long, as upstream: if all are too much, each is
+    cut, and the last ones are left out."""
+    told = list(texts)
+    if sum(map(len, told)) > MAX_WARNINGS:
+        told = [text[:MAX_WARNING] for text in told]
+    room = MAX_WARNINGS
+    for text in told:
+        room -= len(text)
+        if room < 0:
+            return
+        yield text
 
 
 def metadata_of(resource: Resource, items: Sequence[Obj], list_meta: Dict, one: bool) -> Dict:
@@ -195,5 +214,15 @@ def not_allowed(method: str) -> ApiError:
     )  # fmt: skip
 
 
-def no_path() -> ApiError:
-    return ApiError(404, "NotFound", "the server could not find the requested resource")
+def no_path(plural: str = "") -> ApiError:
+    """What is asked for is not there. plural -- a kind that clusters may have, and we do not"""
+    text = "the server could not find the requested resource"
+    if plural:
+        text += f": kdns' embedded registry has no {plural}"
+    return ApiError(404, "NotFound", text)
+
+
+def busy() -> ApiError:
+    """More than can be looked at; clients try again by themselves."""
+    text = "too much is being written at once, please try again later"
+    return ApiError(429, "TooManyRequests", text, {"retryAfterSeconds": 1})

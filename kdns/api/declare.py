@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
@@ -20,7 +20,9 @@ from kdns.api.kinds import BY_KIND, BY_PLURAL, RESOURCES, Resource
 from kdns.api.objects import APPLY_PATCH, How, Objects, Result
 from kdns.api.store import Key, Obj
 from kdns.errors import ApiError, Problem
-from kdns.registry.manifests import Document
+
+if TYPE_CHECKING:
+    from kdns.registry.manifests import Document
 
 MAX_LIST_DEPTH: Final = 4  # a List of Lists
 AT_ONCE: Final = 50  # writes under way together: they share commits, and DNS gets its turn

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
 from kdns.api.kinds import BY_PLURAL
-from kdns.api.objects import selector_of
+from kdns.api.objects import seen_as, selector_of
 from kdns.api.store import Event, ObjectStore, Stored
-from kdns.api.watching import seen_as
 from kdns.errors import ObjectError
 from kdns.metrics import Metrics
 from kdns.pipeline import Pipeline
@@ -22,7 +21,7 @@ from kdns.registry.decode import broken_key, decode_event, decode_page
 from kdns.registry.objects import ENDPOINT_SLICE, NAMESPACE, NODE, POD, SERVICE, Kind
 from kdns.registry.spec import KubeSpec, ManifestSpec
 from kdns.source import follow as elsewhere
-from kdns.source.kube import selectors_of
+from kdns.source.selectors import selectors_of
 from kdns.source.sink import Tally
 
 HEARD: Final = 30.0  # seconds; a source not heard of for three minutes counts as stale

@@ -13,18 +13,21 @@ import json
 import logging
 import ssl
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from kdns.api import discovery, openapi, openapi_v2, status
 from kdns.api.answers import (
     FORMS,
     Answers,
     Dict,
+    busy,
     bytes_response,
     json_response,
     list_meta_of,
@@ -37,20 +40,23 @@ from kdns.api.answers import (
     too_large,
     warn,
 )
+from kdns.api.kinds import RESOURCES
 from kdns.api.negotiate import (
     JSON,
     JSON_TYPES,
     PROTOBUF,
     YAML_TYPES,
     Target,
+    collection_of,
     deletion_of,
     how_of,
+    limit_of,
     parse_accept,
     parse_path,
     truth,
     whole,
 )
-from kdns.api.objects import JSON_PATCH, Deletion, How, Objects
+from kdns.api.objects import FINALIZE, JSON_PATCH, Deletion, How, Objects
 from kdns.api.patch import json_patch, merge_patch
 from kdns.api.protobuf import decode_protobuf
 from kdns.api.store import Obj
@@ -64,12 +70,13 @@ from kdns.metrics import Metrics
 log = logging.getLogger("kdns.api")
 
 MAX_BODY = 3 << 20  # octets, as kube-apiserver
-MAX_FIELD = 64 << 10  # octets of a header: long selectors
+MAX_HELD = 64 << 20  # octets of bodies that are looked at at the same time
+MAX_FIELD = 128 << 10  # octets of a header, and of the path with its query: long selectors
 MANY = 500  # objects whose Table is made in a thread, so that names are answered meanwhile
 # What a document gets that is asked for by its hash: kubectl keeps it on disk.
 FOR_EVER = "public, max-age=31536000, immutable"
 SHUTDOWN = 0.2  # seconds open requests get; watches are ended first
-OPEN = ("/healthz", "/livez", "/readyz", "/version")  # for everybody
+OPEN = frozenset({"healthz", "livez", "readyz", "version"})  # for everybody
 # Kinds whose deletion is answered with the object; others' with a Status (upstream).
 TOLD_AT_LAST: Final = frozenset({"Pod", "Service", "ServiceAccount"})
 # Of a Pod that is a name and an address only.
@@ -77,6 +84,19 @@ NO_CONTAINERS: Final = {
     "log": "logs", "exec": "exec", "attach": "attach", "portforward": "port-forward",
     "proxy": "a proxy", "ephemeralcontainers": "ephemeral containers",
 }  # fmt: skip
+PLURALS: Final = frozenset(one.plural for one in RESOURCES)
+# What one may do, and who one is: everything, and the one user there is.
+REVIEWS: Final[Mapping[tuple[str, str], Dict]] = {
+    ("authorization.k8s.io", "selfsubjectaccessreviews"): {"allowed": True},
+    ("authorization.k8s.io", "selfsubjectrulesreviews"): {
+        "resourceRules": [{"verbs": ["*"], "apiGroups": ["*"], "resources": ["*"]}],
+        "nonResourceRules": [{"verbs": ["*"], "nonResourceURLs": ["*"]}],
+        "incomplete": False,
+    },
+    ("authentication.k8s.io", "selfsubjectreviews"): {
+        "userInfo": {"username": "kdns", "groups": ["system:masters"]}
+    },
+}
 
 
 class ApiServer:
@@ -107,6 +127,7 @@ class ApiServer:
         self._token = token
         self._answers = Answers(clock)
         self._watches = Watches(objects.store, self._answers.table, patience)
+        self._held: dict[int, int] = {}  # octets of the body of each request under way
         self._runner: web.ServerRunner | None = None
         self._requests = metrics.counter(
             "apiserver_request_total", "Requests by verb, resource and HTTP code.",
@@ -116,8 +137,9 @@ class ApiServer:
     async def start(self) -> None:
         """Listen; `port` is then the one that was got. Raises OSError."""
         server = web.Server(
-            self._handle, max_field_size=MAX_FIELD, max_line_size=MAX_FIELD, access_log=None
-        )
+            self._handle, max_field_size=MAX_FIELD, max_line_size=MAX_FIELD, access_log=None,
+            auto_decompress=False, logger=_wire,
+        )  # fmt: skip
         self._runner = web.ServerRunner(server, shutdown_timeout=SHUTDOWN)
         await self._runner.setup()
         site = web.TCPSite(self._runner, self.host, self.port, ssl_context=self._context)
@@ -157,7 +179,7 @@ class ApiServer:
                     answer = await answer
                 if answer is not None:
                     return answer  # type: ignore[no-any-return]
-            target = parse_path(request.path)
+            target = parse_path(request.rel_url.raw_path)
             if target is None:
                 response = await self._other(request)
             else:
@@ -172,39 +194,54 @@ class ApiServer:
         except Exception:
             log.exception("a bug in kdns while serving %s %s", request.method, request.path)
             response = refusal(ApiError(500, "InternalError", "a bug in kdns; see its log"))
+        finally:
+            self._held.pop(id(request), None)
         self._requests.labels(request.method, *label, str(response.status)).add()
         return response
 
     def _check_token(self, request: web.BaseRequest) -> None:
-        if not self._token or request.path.startswith(OPEN):
+        if not self._token and "Origin" in request.headers:
+            # Any page that a browser shows may post to this host; programs do not say this.
+            raise ApiError(403, "Forbidden", "web pages are heard with a token only")
+        if not self._token or request.path.strip("/").partition("/")[0] in OPEN:
             return
-        said = request.headers.get("Authorization", "")
-        if not hmac.compare_digest(said.encode(), f"Bearer {self._token}".encode()):
+        said = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+        if not hmac.compare_digest(said, f"Bearer {self._token}".encode()):
             raise ApiError(401, "Unauthorized", "Unauthorized")
 
     async def _body(self, request: web.BaseRequest) -> bytes:
+        """Return a request's body. Raises ApiError: 413 for a long one, 429 if too much is
+        being read already."""
         if (request.content_length or 0) > MAX_BODY:
             raise too_large(MAX_BODY)
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0  # the answer has not begun
         parts: list[bytes] = []
         size = 0
         async for part in request.content.iter_chunked(1 << 16):
             size += len(part)
             if size > MAX_BODY:
                 raise too_large(MAX_BODY)
+            self._held[id(request)] = size
+            if sum(self._held.values()) > MAX_HELD:
+                raise busy()
             parts.append(part)
-        return b"".join(parts)
+        return unpacked(b"".join(parts), request.headers.get("Content-Encoding", ""), MAX_BODY)
 
-    async def _sent(self, request: web.BaseRequest) -> tuple[Obj, list[str]]:
-        """Return the object in a request's body, and what was odd about how it is written."""
+    async def _sent(self, request: web.BaseRequest) -> tuple[Obj, list[str], int]:
+        """Return the object in a request's body, what is odd about how it is written, and how
+        many octets it has."""
         body = await self._body(request)
         kind = request.content_type if "Content-Type" in request.headers else ""
+        odd: list[str] = []
+        aside, size = self.objects.aside, len(body)
         if kind == PROTOBUF:
-            return decode_protobuf(body), []
+            return await aside.run(size, decode_protobuf, body), odd, size
         if kind in JSON_TYPES:
-            return parse_json(body)
+            return *await aside.run(size, parse_json, body), size
         if kind in YAML_TYPES:
-            odd: list[str] = []
-            return parse_yaml(body, odd), odd
+            return await aside.run(size, parse_yaml, body, odd), odd, size
         raise status.unsupported_media(
             "the body of the request was in an unknown format - accepted media types include:"
             f" {JSON}, {YAML_TYPES[0]}, {PROTOBUF}"
@@ -212,9 +249,9 @@ class ApiServer:
 
     async def _write(self, request: web.BaseRequest) -> tuple[Obj, How]:
         """Return the object that is to be written, and how to write it."""
-        obj, odd = await self._sent(request)
+        obj, odd, size = await self._sent(request)
         how = how_of(request.query, request.headers.get("User-Agent", ""))
-        return obj, replace(how, problems=tuple(odd))
+        return obj, replace(how, problems=tuple(odd), size=size)
 
     # --- objects ------------------------------------------------------------------------
 
@@ -294,7 +331,7 @@ class ApiServer:
     async def _deletion(self, request: web.BaseRequest) -> Deletion:
         options: Obj = {}
         if request.can_read_body:
-            sent, _ = await self._sent(request)
+            sent, *_ = await self._sent(request)
             options = check_object("meta/v1.DeleteOptions", sent).obj
         return deletion_of(options, request.query)
 
@@ -306,7 +343,7 @@ class ApiServer:
             return self._scaled(request, current)
         how = how_of(request.query, request.headers.get("User-Agent", ""))
         if request.method == "PUT":
-            wanted, _ = await self._sent(request)
+            wanted, *_ = await self._sent(request)
         elif request.method == "PATCH":
             body = await self._body(request)
             if request.content_type == JSON_PATCH:
@@ -350,23 +387,23 @@ class ApiServer:
                 " and an address, and runs no container",
             )  # fmt: skip
         if resource.plural == "pods" and sub == "eviction" and request.method == "POST":
-            sent, _ = await self._sent(request)
+            sent, *_ = await self._sent(request)
             eviction = check_object("policy/v1.Eviction", sent).obj
             deletion = deletion_of(eviction.get("deleteOptions") or {}, request.query)
             await self.objects.delete(resource, target.namespace, target.name, deletion)
             return json_response({"kind": "Status", "apiVersion": "v1", "metadata": {},
                                    "status": "Success"}, 201)  # fmt: skip
-        if resource.plural == "namespaces" and sub == "finalize" and request.method == "PUT":
-            obj, _ = await self._sent(request)
-            obj = check_object(resource.type, obj).obj
-            finalizers = (obj.get("spec") or {}).get("finalizers") or []
-            how = how_of(request.query, request.headers.get("User-Agent", ""))
-            result = await self.objects.patch(
-                resource, "", target.name, "application/merge-patch+json",
-                json.dumps({"spec": {"finalizers": finalizers}}).encode(), how,
+        if resource.plural == "serviceaccounts" and sub == "token":
+            self.objects.get(resource, target.namespace, target.name)
+            raise ApiError(
+                501, "NotImplemented",
+                "no tokens of ServiceAccounts: kdns' embedded registry knows one user; its token"
+                " is in the kubeconfig",
             )  # fmt: skip
-            return self._answers.written(request, resource, result)
-        raise ApiError(404, "NotFound", "the server could not find the requested resource")
+        if resource.plural == "namespaces" and sub == FINALIZE and request.method == "PUT":
+            return await self._replace(request, target)
+        # Of a namespace it may be the kind of what is in it.
+        raise no_path(sub if resource.plural == "namespaces" and sub != FINALIZE else "")
 
     # --- answers ------------------------------------------------------------------------
 
@@ -379,7 +416,7 @@ class ApiServer:
             target.resource, target.namespace,
             labels=request.query.get("labelSelector", ""),
             fields=request.query.get("fieldSelector", ""),
-            limit=whole(request.query, "limit"),
+            limit=limit_of(request.query),
             more=request.query.get("continue", ""),
         )  # fmt: skip
         if accepted.form == "json":
@@ -391,7 +428,8 @@ class ApiServer:
                 request, target.resource, listing.items, accepted, listing.revision, meta=meta
             )
 
-        return await asyncio.to_thread(shape) if len(listing.items) > MANY else shape()
+        slow = len(listing.items) > MANY or accepted.form == "yaml"
+        return await asyncio.to_thread(shape) if slow else shape()
 
     # --- the rest -----------------------------------------------------------------------
 
@@ -400,11 +438,11 @@ class ApiServer:
         parts = path.strip("/").split("/")
         if parts[0] in ("healthz", "livez", "readyz"):
             return self._health(request, parts[0])
-        if len(parts) == 4 and parts[0] == "apis" and parts[3].startswith("selfsubject"):
-            return await self._review(request, parts[3])
+        if len(parts) == 4 and (parts[1], parts[3]) in REVIEWS and parts[2] == "v1":
+            return await self._review(request, REVIEWS[parts[1], parts[3]])
+        if plural := collection_of(parts):
+            raise no_path("" if plural in PLURALS else plural)
         if request.method not in ("GET", "HEAD"):
-            if path.startswith(("/api/", "/apis/")):
-                raise no_path()
             raise not_allowed(request.method)
         body: Dict | None = None
         if path == "/version":
@@ -453,22 +491,39 @@ class ApiServer:
             )
         return web.Response(status=200 if well else 500, text=text)
 
-    async def _review(self, request: web.BaseRequest, plural: str) -> web.Response:
-        """Answer what one may do, and who one is: everything, and the one user there is."""
+    async def _review(self, request: web.BaseRequest, answer: Dict) -> web.Response:
+        """Answer a question that a client asks about itself."""
         if request.method != "POST":
             raise not_allowed(request.method)
-        obj, _ = await self._sent(request)
+        obj, *_ = await self._sent(request)
         obj.setdefault("metadata", {})
-        if plural == "selfsubjectaccessreviews":
-            obj["status"] = {"allowed": True}
-        elif plural == "selfsubjectrulesreviews":
-            obj["status"] = {
-                "resourceRules": [{"verbs": ["*"], "apiGroups": ["*"], "resources": ["*"]}],
-                "nonResourceRules": [{"verbs": ["*"], "nonResourceURLs": ["*"]}],
-                "incomplete": False,
-            }
-        elif plural == "selfsubjectreviews":
-            obj["status"] = {"userInfo": {"username": "kdns", "groups": ["system:masters"]}}
-        else:
-            raise no_path()
-        return json_response(obj, 201)
+        return json_response({**obj, "status": answer}, 201)
+
+
+def unpacked(body: bytes, encoding: str, limit: int) -> bytes:
+    """Return a body as it was before it was compressed. Raises ApiError."""
+    if encoding.lower() in ("", "identity"):
+        return body
+    if encoding.lower() not in ("gzip", "x-gzip"):
+        raise status.unsupported_media(f"the body is encoded as {encoding!r}; gzip is known")
+    reader = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    try:
+        found = reader.decompress(body, limit + 1)
+    except zlib.error as e:
+        raise status.bad_request(f"the body is not gzip: {e}") from None
+    if len(found) > limit:
+        raise too_large(limit)
+    if not reader.eof:
+        raise status.bad_request("the body is not gzip: its end is missing")
+    return found
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """False for what is no HTTP, and for who hangs up: anybody can do that, on purpose or with
+    a scanner, and a log full of traces helps nobody."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, (HttpProcessingError, ConnectionError))
+
+
+_wire = logging.getLogger("kdns.api.wire")  # what aiohttp has to say
+_wire.addFilter(_worth_telling)

@@ -5,9 +5,10 @@ Reference kubectl 3.1. Refusals are ApiErrors; carrying the request out is http.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
+from urllib.parse import unquote
 
 from kdns.api import status
 from kdns.api.kinds import BY_PLURAL, Resource
@@ -76,8 +77,10 @@ class Target:
 
 def parse_path(path: str) -> Target | None:
     """Return what a path under /api/v1 or /apis/GROUP/VERSION names; None if there is no such
-    thing."""
-    parts = path.strip("/").split("/")
+    thing. path -- as it was sent: "%2F" is part of a name, and no name has one"""
+    parts = [unquote(part) for part in path.strip("/").split("/")]
+    if any("/" in part for part in parts):
+        return None
     if parts[0] == "api" and len(parts) > 2 and parts[1] == "v1":
         group, version, rest = "", "v1", parts[2:]
     elif parts[0] == "apis" and len(parts) > 3:
@@ -98,6 +101,17 @@ def parse_path(path: str) -> Target | None:
     return Target(resource, namespace, name, rest[2] if len(rest) > 2 else "")
 
 
+def collection_of(parts: Sequence[str]) -> str:
+    """Return the plural that the parts of a path under /api/VERSION or /apis/GROUP/VERSION
+    name, of whatever kind; "" for no such path."""
+    head = {"api": 2, "apis": 3}.get(parts[0], len(parts))
+    rest = parts[head:]
+    if rest[:1] == ["namespaces"] and len(rest) > 2:
+        rest = rest[2:]
+    plural = rest[0] if rest else ""
+    return plural if plural.isascii() and plural.isalpha() else ""
+
+
 def how_of(query: Mapping[str, str], user_agent: str) -> How:
     """Return what the query of a write says. Raises ApiError 400."""
     dry_run = query.get("dryRun", "")
@@ -108,9 +122,10 @@ def how_of(query: Mapping[str, str], user_agent: str) -> How:
         raise status.bad_request(
             f"Invalid value: {validation!r}: fieldValidation must be Ignore, Warn or Strict"
         )
-    manager = query.get("fieldManager") or user_agent.partition("/")[0] or "unknown"
+    manager = query.get("fieldManager") or user_agent.partition("/")[0]
+    printable = "".join(filter(str.isprintable, manager))[:128]
     return How(
-        manager[:128],
+        printable or "unknown",
         dry_run == "All",
         validation,  # type: ignore[arg-type]
         truth(query.get("force", "")),
@@ -145,6 +160,13 @@ def deletion_of(options: Obj, query: Mapping[str, str]) -> Deletion:
 def truth(text: str) -> bool:
     """Read a switch of a query: "1" and "true" are on."""
     return text.lower() in ("1", "true", "t")
+
+
+def limit_of(query: Mapping[str, str]) -> int:
+    """Return how many objects a list may have; 0: any number, which a negative number means,
+    too, as upstream. Raises ApiError 400."""
+    text = query.get("limit", "")
+    return 0 if text[:1] == "-" and text[1:].isdigit() else whole(query, "limit")
 
 
 def whole(query: Mapping[str, str], name: str) -> int:

@@ -8,25 +8,27 @@ Reference: kubectl 3.1, 3.2; upstream's registry strategies.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
-import copy
 import json
 import random
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
 from kdns.api import status
 from kdns.api.allocate import Allocator
 from kdns.api.apply import apply_object, track_update
+from kdns.api.aside import LARGE, Aside
 from kdns.api.defaults import prepare, set_defaults
 from kdns.api.kinds import BY_PLURAL, Resource
-from kdns.api.patch import json_patch, merge_patch, strategic_merge
-from kdns.api.store import Conflicted, Delete, Key, Obj, ObjectStore, Put, Stored
+from kdns.api.patch import copied, json_patch, merge_patch, strategic_merge
+from kdns.api.store import Conflicted, Delete, Event, Key, Obj, ObjectStore, Put, Stored
 from kdns.api.strict import check_object, parse_json, parse_yaml, settle
 from kdns.api.validation import validate, warnings_about
 from kdns.errors import ApiError
@@ -57,6 +59,8 @@ NO_GENERATION = frozenset(
 )
 ENDED = frozenset({"Succeeded", "Failed"})  # phases of Pods that have nothing left to end
 DEFAULT_GRACE = 30  # seconds
+MAX_GRACE = 1 << 31  # seconds; later than that is later than the year 9999 for some
+FINALIZE = "finalize"  # the subresource that spec.finalizers of a Namespace are written by
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +85,18 @@ class Listing:
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """What a write's query parameters say. problems -- what is odd about how its body is
-    written: keys given twice"""
+    """What a write's query parameters say.
+
+    problems -- what is odd about how its body is written: keys given twice
+    size     -- octets of the body: huge ones are looked at beside the event loop
+    """
 
     manager: str = ""
     dry_run: bool = False
     field_validation: FieldValidation = "Warn"
     force: bool = False
     problems: tuple[str, ...] = ()
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +112,12 @@ class Deletion:
 
 def now_text(seconds: float) -> str:
     """Return Unix seconds as Kubernetes writes times."""
-    return datetime.fromtimestamp(int(seconds), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return _second_text(int(seconds))
+
+
+@lru_cache(16)  # asked for several times a write
+def _second_text(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Objects:
@@ -127,6 +140,7 @@ class Objects:
         self._clock = clock
         self._rng = rng or random.SystemRandom()
         self._new_uid = new_uid
+        self.aside = Aside()
 
     # --- reading ----------------------------------------------------------------------
 
@@ -175,7 +189,7 @@ class Objects:
         self, resource: Resource, namespace: str, obj: Obj, how: How = How()
     ) -> Result:
         """Make an object. Raises ApiError."""
-        obj, warnings = self._checked(resource, obj, how)
+        obj, warnings = await self.aside.run(how.size, self._checked, resource, obj, how)
         meta = self._meta(resource, namespace, obj)
         if not meta.get("name"):
             base = meta.get("generateName")
@@ -203,7 +217,7 @@ class Objects:
     ) -> Result:
         """Put an object in the place of what is there. Raises ApiError; 409 if it says of
         which version it is, and that is no longer the last."""
-        obj, warnings = self._checked(resource, obj, how)
+        obj, warnings = await self.aside.run(how.size, self._checked, resource, obj, how)
         meta = self._meta(resource, namespace, obj)
         if meta.get("name", name) != name:
             raise status.bad_request(
@@ -213,9 +227,7 @@ class Objects:
         meta["name"] = name
         version = str(meta.get("resourceVersion") or "")
 
-        def change(current: Obj | None) -> Obj:
-            if current is None:
-                raise status.not_found(resource, name)
+        def change(current: Obj) -> Obj:
             found = current["metadata"]
             if version and version != found["resourceVersion"]:
                 raise status.conflict(resource, name, status.MODIFIED)
@@ -225,7 +237,8 @@ class Objects:
                     f"Precondition failed: UID in precondition: {meta['uid']}, UID in object"
                     f" meta: {found['uid']}",
                 )  # fmt: skip
-            return copy.deepcopy(obj)
+            fresh: Obj = copied(obj)
+            return fresh
 
         return await self._update(resource, namespace, name, change, how, subresource, warnings)
 
@@ -241,15 +254,16 @@ class Objects:
     ) -> Result:
         """Change an object as a patch says; an apply patch makes what is not there.
         Raises ApiError."""
+        how = replace(how, size=len(body))
         if content_type == APPLY_PATCH:
             told: Texts = []
-            applied = parse_yaml(body, told)
+            applied = await self.aside.run(how.size, parse_yaml, body, told)
             how = replace(how, problems=tuple(told))
             return await self._apply(resource, namespace, name, applied, how, subresource)
         patch: Any = None
         twice: Texts = []
         if content_type in (MERGE_PATCH, STRATEGIC_PATCH):
-            patch, twice = parse_json(body)
+            patch, twice = await self.aside.run(how.size, parse_json, body)
         elif content_type != JSON_PATCH:
             raise status.unsupported_media(
                 "the body of the request was in an unknown format - accepted media types"
@@ -257,9 +271,7 @@ class Objects:
             )
         warnings: Texts = []
 
-        def change(current: Obj | None) -> Obj:
-            if current is None:
-                raise status.not_found(resource, name)
+        def change(current: Obj) -> Obj:
             if content_type == JSON_PATCH:
                 changed = json_patch(current, body)
             elif content_type == MERGE_PATCH:
@@ -276,9 +288,7 @@ class Objects:
                 raise status.bad_request("a patch cannot change metadata.name or metadata.uid")
             return checked
 
-        return await self._update(
-            resource, namespace, name, change, how, subresource, warnings, patched=True
-        )
+        return await self._update(resource, namespace, name, change, how, subresource, warnings)
 
     async def _apply(
         self,
@@ -291,10 +301,10 @@ class Objects:
     ) -> Result:
         if not how.manager:
             raise status.bad_request("fieldManager is required for apply patch")
-        checked = check_object(resource.type, applied)
+        checked = await self.aside.run(how.size, check_object, resource.type, applied)
         if checked.problems:
             raise _undeclared(resource, namespace, name, checked.problems)
-        applied, warnings = self._checked(resource, applied, how)
+        applied, warnings = await self.aside.run(how.size, self._checked, resource, applied, how)
         meta = self._meta(resource, namespace, applied)
         if meta.setdefault("name", name) != name:
             raise status.bad_request(
@@ -315,12 +325,16 @@ class Objects:
         if self.find(resource, namespace, name) is None:
             if subresource:
                 raise status.not_found(resource, name)
-            made = merged(None)
-            return await self._make(resource, namespace, made, how, warnings, applied=True)
+            made = await self.aside.run(how.size, merged, None)
+            try:
+                return await self._make(resource, namespace, made, how, warnings, applied=True)
+            except ApiError as e:
+                if e.reason != "AlreadyExists":
+                    raise
+                # Somebody else has made it meanwhile: then this is a change.
         return await self._update(
-            resource, namespace, name, merged, how, subresource, warnings,
-            patched=True, applied=True,
-        )  # fmt: skip
+            resource, namespace, name, merged, how, subresource, warnings, applied=True
+        )
 
     async def _make(
         self,
@@ -336,80 +350,50 @@ class Objects:
         name = obj["metadata"]["name"]
         key = _key(resource, namespace, name)
         self._check_namespace(resource, namespace)
-        self._begin(resource, obj)
-        obj = settle(resource.type, obj)
-        set_defaults(resource, obj)
-        if not applied:
-            # What a manager wrote, and not what the kind makes of it, nor what is given out.
-            obj = self._tracked(resource, None, obj, how)
-        prepare(resource, obj, None)
-        # Before anything is given out: what is wrong with the rest is the same all the same.
-        _refuse(resource, name, validate(resource, obj, None))
+        obj, told = await self.aside.run(how.size, self._begun, resource, obj, how, applied)
+        warnings += told
+        if how.size >= LARGE:  # others had their turn meanwhile
+            self._check_namespace(resource, namespace)
         if self.store.get(key) is not None:
             raise status.already_exists(resource, name)
-        with self.allocator.claim(resource, obj, None) as claim:
-            warnings += warnings_about(resource, obj, None)
-            if how.dry_run:
-                return Result(obj, tuple(warnings), True)
-            try:
-                (stored,) = await self.store.write(Put(key, obj, 0))
-            except Conflicted:
-                raise status.already_exists(resource, name) from None
-            claim.keep()
-        return Result(stored.obj, tuple(warnings), True)
+        try:
+            kept = await self._to_its_end(self._claimed(resource, None, obj, Put(key, obj, 0), how))
+        except Conflicted:
+            raise status.already_exists(resource, name) from None
+        return Result(kept, tuple(warnings), True)
 
     async def _update(
         self,
         resource: Resource,
         namespace: str,
         name: str,
-        change: Callable[[Obj | None], Obj],
+        change: Callable[[Obj], Obj],
         how: How,
         subresource: str,
         warnings: Texts,
         *,
-        patched: bool = False,
         applied: bool = False,
     ) -> Result:
-        """Write what `change` makes of the current version, over what others write meanwhile.
+        """Write what `change` makes of the current version, over what others write meanwhile:
+        it is asked again, and may refuse what has come in between.
 
-        patched -- a patch says what to change whatever the version, so it is tried again
         applied -- `change` has seen to managedFields
         """
         key = _key(resource, namespace, name)
         for _ in range(ATTEMPTS):
             held = self.store.get(key)
-            old = held.obj if held is not None else None
-            new = change(old)
-            if held is None or old is None:
+            if held is None:
                 raise status.not_found(resource, name)
-            new = self._carry(resource, old, new, subresource)
-            new = settle(resource.type, new)
-            set_defaults(resource, new)
-            if not applied:
-                new = self._tracked(resource, old, new, how, subresource)
-            if not subresource:
-                prepare(resource, new, old)
-            _refuse(resource, name, validate(resource, new, old))
-            with self.allocator.claim(resource, new, old) as claim:
-                told = [*warnings, *warnings_about(resource, new, old)]
-                if _same(old, new):
-                    return Result(old, tuple(told))
-                if how.dry_run:
-                    return Result(new, tuple(told))
-                gone = _may_go(new)
-                what = Delete(key, held.revision) if gone else Put(key, new, held.revision)
-                try:
-                    (stored,) = await self.store.write(what)
-                except Conflicted:
-                    if patched:
-                        continue
-                    raise status.conflict(resource, name, status.MODIFIED) from None
-                claim.keep()
-            if gone:
-                self.allocator.release(resource, old)
-                self.allocator.release(resource, new)
-            return Result(new if gone else stored.obj, tuple(told))
+            old, new, told = await self.aside.run(
+                max(how.size, len(held.body)),
+                self._changed, resource, held, change, how, subresource, applied,
+            )  # fmt: skip
+            what = Delete(key, held.revision) if _may_go(new) else Put(key, new, held.revision)
+            try:
+                kept = await self._to_its_end(self._claimed(resource, old, new, what, how))
+            except Conflicted:
+                continue
+            return Result(kept, (*warnings, *told))
         raise status.conflict(resource, name, status.MODIFIED)
 
     async def delete(
@@ -444,16 +428,45 @@ class Objects:
                 return Result(old)
             what = Delete(key, held.revision) if gone else Put(key, new, held.revision)
             try:
-                (stored,) = await self.store.write(what)
+                marked = await self._to_its_end(self._removed(resource, old, what))
             except Conflicted:
                 continue
-            if gone:
-                self.allocator.release(resource, old)
-                return Result(old)
-            return Result(stored.obj)
+            return Result(old if gone else marked)
         raise status.conflict(resource, name, status.MODIFIED)
 
     # --- parts of a write ---------------------------------------------------------------
+
+    async def _to_its_end(self, work: Coroutine[Any, Any, Obj]) -> Obj:
+        """Do what writes and books addresses; who stops waiting stops neither, for the store
+        does not stop: an address is taken by what is kept."""
+        if not self.store.durable:  # done without a pause
+            return await work
+        return await asyncio.shield(asyncio.ensure_future(work))
+
+    async def _claimed(
+        self, resource: Resource, old: Obj | None, new: Obj, what: Put | Delete, how: How
+    ) -> Obj:
+        """Give out what a new version needs, and write it. Raises Conflicted."""
+        with self.allocator.claim(resource, new, old) as claim:
+            if old is not None and _same(old, new):
+                return old
+            if how.dry_run:
+                return new
+            (stored,) = await self.store.write(what)
+            claim.keep()
+        if isinstance(what, Put):
+            return stored.obj
+        if old is not None:
+            self.allocator.release(resource, old)
+        self.allocator.release(resource, new)
+        return new
+
+    async def _removed(self, resource: Resource, old: Obj, what: Put | Delete) -> Obj:
+        """Write a deletion, or that there is to be one. Raises Conflicted."""
+        (stored,) = await self.store.write(what)
+        if isinstance(what, Delete):
+            self.allocator.release(resource, old)
+        return stored.obj
 
     def _checked(self, resource: Resource, obj: Obj, how: How) -> tuple[Obj, Texts]:
         """Return the object without fields that its kind does not have, and what to warn of."""
@@ -468,7 +481,7 @@ class Objects:
         try:
             checked = check_object(resource.type, obj)
         except ApiError as e:
-            raise _unfit(resource, kind, str(e)) from None
+            raise _unfit(resource, kind, _why(e)) from None
         problems = [*how.problems, *checked.problems]
         if problems and how.field_validation == "Strict":
             raise _unfit(resource, kind, f"strict decoding error: {', '.join(problems)}")
@@ -483,7 +496,7 @@ class Objects:
         try:
             return self._checked(resource, obj, replace(how, problems=tuple(problems)))
         except ApiError as e:
-            why = str(e).partition("cannot be handled as a ")[2].partition(": ")[2] or str(e)
+            why = _why(e)
             text = json.dumps(patch.decode(errors="replace"), ensure_ascii=False)
             cause = status.Cause("FieldValueInvalid", f"Invalid value: {text}: {why}", "patch")
             raise status.invalid(None, "", [cause]) from None
@@ -515,6 +528,42 @@ class Objects:
                 " terminated",
             )  # fmt: skip
 
+    def _begun(self, resource: Resource, obj: Obj, how: How, applied: bool) -> tuple[Obj, Texts]:
+        """Return a new object as it is to be kept, but for what is given out, and what to warn
+        of. Raises ApiError. applied -- it has its managedFields"""
+        self._begin(resource, obj)
+        obj = settle(resource.type, obj)
+        set_defaults(resource, obj)
+        if not applied:
+            # What a manager wrote, and not what the kind makes of it, nor what is given out.
+            obj = self._tracked(resource, None, obj, how)
+        prepare(resource, obj, None)
+        # Before anything is given out: what is wrong with the rest is the same all the same.
+        _refuse(resource, obj["metadata"]["name"], validate(resource, obj, None))
+        return obj, warnings_about(resource, obj, None)
+
+    def _changed(
+        self,
+        resource: Resource,
+        held: Stored,
+        change: Callable[[Obj], Obj],
+        how: How,
+        subresource: str,
+        applied: bool,
+    ) -> tuple[Obj, Obj, Texts]:
+        """Return an object as it was, as it is to be kept, and what to warn of. Raises
+        ApiError."""
+        old = held.obj
+        new = self._carry(resource, old, change(old), subresource)
+        new = settle(resource.type, new)
+        set_defaults(resource, new)
+        if not applied:
+            new = self._tracked(resource, old, new, how, subresource)
+        if not subresource:
+            prepare(resource, new, old)
+        _refuse(resource, held.key[2], validate(resource, new, old))
+        return old, new, warnings_about(resource, new, old)
+
     def _begin(self, resource: Resource, obj: Obj) -> None:
         """Give a new object what only the server gives."""
         meta = obj["metadata"]
@@ -531,9 +580,10 @@ class Objects:
     def _carry(self, resource: Resource, old: Obj, new: Obj, subresource: str) -> Obj:
         """Return the new version with what this write may not change taken from the old."""
         if subresource:
-            kept = copy.deepcopy(old)
-            if subresource in new or subresource in old:
-                kept[subresource] = new.get(subresource, {})
+            kept: Obj = copied(old)
+            part = "spec" if subresource == FINALIZE else subresource
+            if part in new or part in old:
+                kept[part] = new.get(part, {})
             if "managedFields" in new.get("metadata", {}):
                 kept["metadata"]["managedFields"] = new["metadata"]["managedFields"]
             return kept
@@ -548,7 +598,7 @@ class Objects:
                 meta.pop(name, None)
         if "status" in resource.subresources:
             if "status" in old:
-                new["status"] = copy.deepcopy(old["status"])
+                new["status"] = copied(old["status"])
             else:
                 new.pop("status", None)
         if "generation" in meta and new.get("spec") != old.get("spec"):
@@ -565,7 +615,7 @@ class Objects:
 
     def _marked(self, resource: Resource, old: Obj, deletion: Deletion) -> Obj:
         """Return the object as one that is to go."""
-        new = copy.deepcopy(old)
+        new: Obj = copied(old)
         meta = new["metadata"]
         finalizers = [f for f in meta.get("finalizers", ()) if f not in (FOREGROUND, ORPHAN)]
         if deletion.propagation == "Foreground":
@@ -595,6 +645,11 @@ def _unfit(resource: Resource, kind: str, why: str) -> ApiError:
     return status.bad_request(
         f'{kind} in version "{resource.version}" cannot be handled as a {resource.kind}: {why}'
     )
+
+
+def _why(error: ApiError) -> str:
+    """Return why an object is not fit for its kind, without of which kind it is."""
+    return str(error).partition(" cannot be handled as a ")[2].partition(": ")[2] or str(error)
 
 
 def _undeclared(resource: Resource, namespace: str, name: str, problems: Sequence[str]) -> ApiError:
@@ -631,8 +686,8 @@ def _grace(resource: Resource, obj: Obj, deletion: Deletion) -> int:
     if (obj.get("status") or {}).get("phase") in ENDED:
         return 0
     if deletion.grace is not None:
-        return max(deletion.grace, 0)
-    return int(spec.get("terminationGracePeriodSeconds", DEFAULT_GRACE))
+        return min(max(deletion.grace, 0), MAX_GRACE)
+    return min(int(spec.get("terminationGracePeriodSeconds", DEFAULT_GRACE)), MAX_GRACE)
 
 
 def _may_go(obj: Obj) -> bool:
@@ -693,6 +748,17 @@ def selector_of(resource: Resource, labels: str, fields: str) -> Callable[[Store
         return True
 
     return chosen
+
+
+def seen_as(event: Event, chosen: Callable[[Stored], bool]) -> str | None:
+    """Return what a watch with a selector tells of an event; None: nothing."""
+    before = event.before is not None and chosen(event.before)
+    if event.type == "DELETED":
+        return "DELETED" if before else None
+    after = chosen(event.stored)
+    if after:
+        return "MODIFIED" if before else "ADDED"
+    return "DELETED" if before else None
 
 
 def _parse_fields(resource: Resource, text: str) -> list[tuple[str, str, bool]]:

@@ -19,6 +19,7 @@ import jsonpatch
 
 from kdns.api.schema import Field, type_named
 from kdns.api.status import bad_request
+from kdns.api.strict import sound
 from kdns.errors import ApiError
 
 Obj: TypeAlias = dict[str, Any]
@@ -43,10 +44,14 @@ def copied(value: Any, depth: int = 0) -> Any:
     """Return a deep copy of JSON. Raises ApiError 400 if it is nested too deeply."""
     if depth > MAX_DEPTH:
         raise bad_request(f"the object is nested more than {MAX_DEPTH} levels deep")
-    if isinstance(value, dict):
-        return {key: copied(item, depth + 1) for key, item in value.items()}
+    below = depth + 1
+    if isinstance(value, dict):  # a call an item would take longer than all the rest
+        return {
+            key: copied(item, below) if isinstance(item, (dict, list)) else item
+            for key, item in value.items()
+        }
     if isinstance(value, list):
-        return [copied(item, depth + 1) for item in value]
+        return [copied(x, below) if isinstance(x, (dict, list)) else x for x in value]
     return value
 
 
@@ -105,7 +110,7 @@ def _operations(body: bytes) -> list[Obj]:
         )
         raise ApiError(413, "RequestEntityTooLarge", text)
     # An operation without a value means null, as in kube-apiserver.
-    return [{"value": None, **one} for one in operations]
+    return [{"value": None, **one} for one in sound(body, copied(operations))]
 
 
 def _found(value: Any, pointer: str) -> Any:

@@ -50,6 +50,9 @@ Obj: TypeAlias = dict[str, Any]
 # for the disk.
 Synchronous: TypeAlias = Literal["NORMAL", "FULL"]
 
+HELD: Final = 64 << 20  # octets of events that are held at most, or that a watch is behind
+QUIET: Final = 1.0  # seconds without a write after which the file is tidied
+UNTIDY: Final = 100  # writes from which on that is worth it
 IDLE: Final = 10.0  # seconds without an event after which a watch says so
 RETRY_AFTER: Final = 1  # seconds, told to who asks for a revision that is still to come
 
@@ -135,7 +138,8 @@ class ObjectStore:
     """All objects. Belongs to one event loop.
 
     path        -- SQLite file; "": in memory only
-    history     -- events kept for watches that resume, of all resources together
+    history     -- events kept for watches that resume, of all resources together; fewer of
+                   huge objects
     synchronous -- what "durable" means: NORMAL survives the death of the process, FULL also
                    that of the machine
     """
@@ -160,6 +164,9 @@ class ObjectStore:
         self._ahead: dict[Key, _Write] = {}
         self._committing = False
         self._refusing = False
+        self._untidy = 0  # writes since the file was tidied
+        self._wrote = 0.0  # when, by the loop's clock
+        self._tidying: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
         """Load what the file holds. Raises ConfigError for a file of a newer schema, one that
@@ -182,10 +189,17 @@ class ObjectStore:
         for watches in self._watches.values():
             for one in list(watches):
                 one.end()
+        if self._tidying is not None:
+            self._tidying.cancel()
         thread, self._thread = self._thread, None
         if self._file is not None and thread is not None:
             await asyncio.get_running_loop().run_in_executor(thread, self._file.close)
             thread.shutdown()
+
+    @property
+    def durable(self) -> bool:
+        """True if a write waits for a file."""
+        return self._file is not None
 
     @property
     def revision(self) -> int:
@@ -235,8 +249,8 @@ class ObjectStore:
     def watch(self, resource: str, since: int, *, limit: int = 10_000, idle: float = IDLE) -> Watch:
         """Yield the events of a resource after revision `since`, batch by batch, for ever; an
         empty batch says that nothing came for `idle` seconds (time for a bookmark: the reader
-        has seen everything up to `revision`). Ends when the reader is `limit` events behind
-        (it must list again), not counting what it asked for at the start.
+        has seen everything up to `revision`). Ends when the reader is `limit` events, or HELD
+        octets, behind (it must list again), not counting what it asked for at the start.
 
         Events count from the call on, not from the first read, and the call itself raises:
         ApiError 410 Expired if events after `since` are no longer held, 504 Timeout if `since`
@@ -321,6 +335,23 @@ class ObjectStore:
         self._committing = bool(self._queue)
         if self._queue:
             self._commit_queued()
+        self._untidy += len(batch)
+        loop = asyncio.get_running_loop()
+        self._wrote = loop.time()
+        if self._untidy >= UNTIDY and self._tidying is None:
+            self._tidying = loop.call_later(QUIET, self._tidy)
+
+    def _tidy(self) -> None:
+        """Have the file put in order while nobody waits for it."""
+        self._tidying = None
+        if self._thread is None or self._file is None:
+            return
+        loop = asyncio.get_running_loop()
+        if self._committing or loop.time() - self._wrote < QUIET:
+            self._tidying = loop.call_later(QUIET, self._tidy)
+        else:
+            self._untidy = 0
+            loop.run_in_executor(self._thread, self._file.tidy)
 
     def _refuse(self, batch: Iterable[_Write], error: BaseException) -> None:
         """Forget a batch whose commit failed, and what was built upon it; the rest of the
@@ -380,8 +411,9 @@ class ObjectStore:
         watches = self._watches.get(resource)
         if watches is None:
             return
+        octets = sum(len(event.stored.body) for event in events)
         for watch in list(watches):
-            watch.push(events)
+            watch.push(events, octets)
             if watch.ended:
                 watches.discard(watch)
 
@@ -401,13 +433,14 @@ class Watch(AsyncIterator[Sequence[Event]]):
     """
 
     __slots__ = (
-        "__weakref__", "_batches", "_behind", "_due", "_idle", "_limit", "_quiet", "_timer",
-        "_waiter", "ended",
+        "__weakref__", "_batches", "_behind", "_due", "_idle", "_limit", "_octets", "_quiet",
+        "_timer", "_waiter", "ended",
     )  # fmt: skip
 
     def __init__(self, held: Sequence[Event], limit: int, idle: float) -> None:
         self._batches: list[Sequence[Event]] = [held] if held else []
         self._behind = 0  # events in _batches, without `held`
+        self._octets = 0  # of these
         self._limit = limit
         self._idle = idle
         self._quiet = False  # `idle` seconds have passed since the last batch
@@ -416,10 +449,14 @@ class Watch(AsyncIterator[Sequence[Event]]):
         self._waiter: asyncio.Future[None] | None = None
         self.ended = False
 
-    def push(self, events: Sequence[Event]) -> None:
-        """Add a commit's events; too many, and the watch ends and lets go of all of them."""
+    def push(self, events: Sequence[Event], octets: int) -> None:
+        """Add a commit's events; too many, and the watch ends and lets go of all of them.
+        octets -- of their objects"""
+        # Huge ones wait for a reader that had nothing to read.
+        late = bool(self._batches) and self._octets + octets > HELD
         self._behind += len(events)
-        if self._behind > self._limit:
+        self._octets += octets
+        if self._behind > self._limit or late:
             self._batches.clear()
             self.end()
         else:
@@ -446,7 +483,7 @@ class Watch(AsyncIterator[Sequence[Event]]):
             self._stop_timer()
             raise StopAsyncIteration
         batches, self._batches = self._batches, []
-        self._behind = 0
+        self._behind = self._octets = 0
         self._quiet = False
         self._due = asyncio.get_running_loop().time() + self._idle
         if len(batches) == 1:
@@ -544,7 +581,7 @@ class _Sorted:
 
 
 class _History:
-    """The newest events, `size` at most, for watches that resume.
+    """The newest events, `size` and HELD octets at most, for watches that resume.
 
     A resource's watches need its own events only: one that changes often costs the others
     their past, but a watch is refused only if events of its own resource are gone.
@@ -556,6 +593,7 @@ class _History:
         self._order: deque[str] = deque()  # the resource of each event held
         self._events: defaultdict[str, deque[Event]] = defaultdict(deque)
         self._dropped: dict[str, int] = {}  # revision of the newest event no longer held
+        self._octets = 0
 
     def begin(self, revision: int) -> None:
         """Nothing is known of what happened up to `revision`."""
@@ -565,9 +603,12 @@ class _History:
         resource = event.stored.key[0]
         self._order.append(resource)
         self._events[resource].append(event)
-        if len(self._order) > self._size:
+        self._octets += len(event.stored.body)
+        while len(self._order) > self._size or self._octets > HELD:
             oldest = self._order.popleft()
-            self._dropped[oldest] = self._events[oldest].popleft().stored.revision
+            gone = self._events[oldest].popleft().stored
+            self._octets -= len(gone.body)
+            self._dropped[oldest] = gone.revision
 
     def after(self, resource: str, since: int) -> Sequence[Event]:
         """Raises ApiError 410 if some of them are gone."""
@@ -601,6 +642,9 @@ _TABLES: Final = (
 )
 _WRITE: Final = """INSERT INTO objects VALUES {rows} ON CONFLICT DO UPDATE
     SET revision = excluded.revision, body = excluded.body"""
+# Pages of the log (4 KiB each) after which a commit moves them to their place, and waits for
+# the disk: ten milliseconds and more, so it is left to tidy() where that gets a chance.
+_LOG: Final = 8000
 # Rows a statement at most: 5 variables each, of 32,766 (SQLite limits, 9).
 _ROWS: Final = 4096
 _COUNTER: Final = "SELECT revision FROM objects WHERE resource = ''"
@@ -653,6 +697,7 @@ class _File:
             self._check(application, version)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute(f"PRAGMA synchronous = {self._synchronous}")
+        db.execute(f"PRAGMA wal_autocheckpoint = {_LOG}")
         db.execute("BEGIN IMMEDIATE")  # fails at once where nothing may be written
         if empty:
             for statement in _TABLES:
@@ -712,6 +757,12 @@ class _File:
         padded = rows + rows[-1:] * (count - len(rows))
         statement = _WRITE.format(rows=",".join(["(?,?,?,?,?)"] * count))
         self._db.execute(statement, [value for row in padded for value in row])
+
+    def tidy(self) -> None:
+        """Move what the log holds to its place. If that fails, the log still holds it."""
+        if self._db is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def close(self) -> None:
         if self._db is not None:

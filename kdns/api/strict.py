@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
-from functools import cache
+from functools import cache, lru_cache
 from itertools import islice
 from typing import Any, Final, NoReturn, TypeAlias
 
@@ -30,6 +30,7 @@ Obj: TypeAlias = dict[str, Any]
 MAX_DEPTH: Final = 100  # of nested JSON or YAML; a Pod is 12 deep
 MAX_JSON_PARTS: Final = 200_000  # lists and maps
 MAX_YAML_NODES: Final = 200_000  # with what aliases stand for; a 3 MiB EndpointSlice has 20,000
+LONG_TIME: Final = 40  # a time has 35 letters, with an offset and all of Go's digits
 MAX_PROBLEMS: Final = 100  # told of one object, as upstream
 
 
@@ -110,9 +111,7 @@ def parse_json(body: bytes) -> tuple[Obj, list[str]]:
     problems: list[str] = []
     if repeated:
         problems = list(dict.fromkeys(islice(_paths_of(value, repeated), MAX_PROBLEMS)))
-    if _SURROGATE.search(body):
-        value = _without_surrogates(value)
-    return value, problems
+    return sound(body, value), problems
 
 
 def parse_yaml(body: bytes, problems: list[str] | None = None) -> Obj:
@@ -390,6 +389,13 @@ _TIME_PARTS: Final = (
 def _check_time(value: Any, *, micro: bool) -> str:
     if not isinstance(value, str):
         raise _go_value(value, "string")
+    if len(value) > LONG_TIME:
+        return _settled_time.__wrapped__(value, micro)  # nothing to keep
+    return _settled_time(value, micro)
+
+
+@lru_cache(1024)  # an object's times are read again at each of its writes
+def _settled_time(value: str, micro: bool) -> str:
     match = _TIME.fullmatch(value)
     fraction = match[1] or "" if match else ""
     if match is None or (micro and len(fraction) != 6):
@@ -529,9 +535,13 @@ def _bound_size(value: Any) -> None:
     raise _too_deep()
 
 
+def sound(body: bytes, value: Any) -> Any:
+    """Return what JSON says as texts that can be encoded. The depth is bounded already."""
+    return _without_surrogates(value) if _SURROGATE.search(body) else value
+
+
 def _without_surrogates(value: Any) -> Any:
-    """Return the value with halves of surrogate pairs replaced, as Go replaces them: they
-    cannot be encoded. The depth is bounded already."""
+    """Return the value with halves of surrogate pairs replaced, as Go replaces them."""
     match value:
         case str():
             return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

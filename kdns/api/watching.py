@@ -10,22 +10,24 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, TypeAlias
 
 import msgspec
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from kdns.api import status
 from kdns.api.answers import metadata_of, warn
 from kdns.api.kinds import Resource
 from kdns.api.negotiate import JSON, Accepted, Target, parse_accept, truth, whole
-from kdns.api.objects import selector_of
+from kdns.api.objects import seen_as, selector_of
 from kdns.api.store import Event, ObjectStore, Stored
 from kdns.api.validation_service import ENDPOINTS_DEPRECATED
 from kdns.errors import ApiError
 
-MANY: Final = 500  # events a write, so that others get their turn
+# Of one write, so that others get their turn and a reader's buffer stays small.
+MANY: Final = 500  # events
+MUCH: Final = 256 << 10  # octets
 WATCH_SECONDS: Final = (1800, 3600)  # how long a watch lasts that names no time-out
 BOOKMARK_SECONDS: Final = 60.0
 STUCK_SECONDS: Final = 60.0  # a watcher that takes nothing for so long is cut off
@@ -111,8 +113,9 @@ class Watches:
         since: int,
         initial: bool,
         stream: _Stream,
-    ) -> AsyncIterator[list[Dict | bytes]]:
-        """Yield the lines of a watch, batch by batch."""
+    ) -> AsyncIterator[Iterable[Dict | bytes]]:
+        """Yield the lines of a watch, batch by batch, each to be read before the next: they are
+        made as they are sent, for all together may be huge."""
         store, resource = self._store, target.resource
         from_start = since == 0 or initial
         there = []
@@ -122,24 +125,30 @@ class Watches:
             there = [one for one in items if chosen(one)]
             since = store.revision
         watch = store.watch(resource.qualified, since)
-        for first in range(0, len(there), MANY):
-            yield [stream.line("ADDED", one) for one in there[first : first + MANY]]
+        yield (stream.line("ADDED", one) for one in there)
+        del there
         if initial:
             yield [stream.bookmark(since, initial_end=True)]
         last_told = time.monotonic()
         async for batch in watch:
-            lines: list[Dict | bytes] = []
-            for event in batch:
-                if target.namespace and event.stored.key[1] != target.namespace:
-                    continue
-                kind = seen_as(event, chosen)
-                if kind is not None:
-                    lines.append(stream.line(kind, event.stored))
+            yield self._lines(target, chosen, batch, stream)
             if stream.bookmarks and (now := time.monotonic()) - last_told >= BOOKMARK_SECONDS:
                 last_told = now
-                lines.append(stream.bookmark(store.revision))
-            if lines:
-                yield lines
+                yield [stream.bookmark(store.revision)]
+
+    @staticmethod
+    def _lines(
+        target: Target,
+        chosen: Callable[[Stored], bool],
+        batch: Sequence[Event],
+        stream: _Stream,
+    ) -> Iterator[Dict | bytes]:
+        for event in batch:
+            if target.namespace and event.stored.key[1] != target.namespace:
+                continue
+            kind = seen_as(event, chosen)
+            if kind is not None:
+                yield stream.line(kind, event.stored)
 
 
 class _Stream:
@@ -166,18 +175,30 @@ class _Stream:
     async def open(self) -> None:
         self.response.content_type = JSON
         self.response.headers["Cache-Control"] = "no-cache, private"
-        self.response.enable_chunked_encoding()
+        if self._request.version >= HttpVersion11:
+            self.response.enable_chunked_encoding()
         if self._resource.kind == "Endpoints":
             warn(self.response, ENDPOINTS_DEPRECATED)
         await self.response.prepare(self._request)
 
-    async def send(self, lines: Sequence[Dict | bytes]) -> None:
+    async def send(self, lines: Iterable[Dict | bytes]) -> None:
         """Write lines; waits for a reader that is slow. Raises ConnectionError for one that
         takes nothing."""
         out = bytearray()
+        count = 0
         for line in lines:
             out += line if isinstance(line, bytes) else msgspec.json.encode(line)
             out += b"\n"
+            count += 1
+            if count >= MANY or len(out) >= MUCH:
+                await self._write(out)
+                out.clear()
+                count = 0
+                await asyncio.sleep(0)  # others get their turn
+        if out:
+            await self._write(out)
+
+    async def _write(self, out: bytearray) -> None:
         try:
             async with asyncio.timeout(self._patience):
                 await self.response.write(bytes(out))
@@ -219,17 +240,6 @@ class _Stream:
                        "apiVersion": "meta.k8s.io/v1", "metadata": meta}}  # fmt: skip
                 obj["rows"] = [row]
         return {"type": "BOOKMARK", "object": obj}
-
-
-def seen_as(event: Event, chosen: Callable[[Stored], bool]) -> str | None:
-    """Return what a watch with a selector tells of an event; None: nothing."""
-    before = event.before is not None and chosen(event.before)
-    if event.type == "DELETED":
-        return "DELETED" if before else None
-    after = chosen(event.stored)
-    if after:
-        return "MODIFIED" if before else "ADDED"
-    return "DELETED" if before else None
 
 
 def bad_watch(field: str, text: str) -> ApiError:

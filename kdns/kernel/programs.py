@@ -88,8 +88,8 @@ class Programs:
         """
         program = f"{self.name}-restore"
         wait = ("-w", LOCK_WAIT) if self.version >= RESTORE_WAITS else ()
-        argv = (*self.prefix, _path(program), *wait, "--noflush", "--counters")
-        status, output, stderr = await _run(program, argv, RESTORE_TIMEOUT, text)
+        argv = (*self.prefix, path_of(program), *wait, "--noflush", "--counters")
+        status, output, stderr = await run_program(program, argv, RESTORE_TIMEOUT, text)
         output.close()
         if status != 0:
             line = refused_line(stderr, text)
@@ -99,8 +99,8 @@ class Programs:
         """Raise ApplyError unless the kernel has the nat table."""
         # Without -w iptables-legacy 1.8.9 waits for ever.
         ask = ("-w", "1", "-t", "nat", "-S", "POSTROUTING", "1")
-        argv = (*self.prefix, _path(self.name), *ask)
-        status, output, stderr = await _run(self.name, argv, SAVE_TIMEOUT)
+        argv = (*self.prefix, path_of(self.name), *ask)
+        status, output, stderr = await run_program(self.name, argv, SAVE_TIMEOUT)
         output.close()
         if status != 0:
             raise ApplyError(self.name, blame(stderr, ""), is_busy(status, stderr))
@@ -111,8 +111,8 @@ class Programs:
         Without a table no kernel module is loaded and no table made by asking.
         """
         program = f"{self.name}-save"
-        argv = (*self.prefix, _path(program), *(("-t", table) if table else ()))
-        status, output, stderr = await _run(program, argv, SAVE_TIMEOUT)
+        argv = (*self.prefix, path_of(program), *(("-t", table) if table else ()))
+        status, output, stderr = await run_program(program, argv, SAVE_TIMEOUT)
         if status != 0:
             output.close()
             raise ApplyError(program, blame(stderr, ""), is_busy(status, stderr))
@@ -181,10 +181,10 @@ async def find_variants(family: Family, prefix: Sequence[str] = ()) -> dict[Vari
     base = BASE[family]
     found: dict[Variant, Programs] = {}
     for name in (base, *(f"{base}-{variant}" for variant in VARIANTS)):
-        if any(_which(f"{name}{end}") is None for end in ("", "-restore", "-save")):
+        if any(which(f"{name}{end}") is None for end in ("", "-restore", "-save")):
             continue
-        argv = (*prefix, _path(name), "--version")
-        status, output, stderr = await _run(name, argv, VERSION_TIMEOUT)
+        argv = (*prefix, path_of(name), "--version")
+        status, output, stderr = await run_program(name, argv, VERSION_TIMEOUT)
         with output:
             text = output.read().decode("utf-8", "replace")
         if status != 0:
@@ -328,13 +328,13 @@ def _refused(stderr: str, text: str) -> tuple[int, str]:
     return (at, lines[at - 1]) if 0 < at <= len(lines) else (0, "")
 
 
-def _which(program: str) -> str | None:
+def which(program: str) -> str | None:
     path = os.pathsep.join((os.environ.get("PATH", os.defpath), *SBIN))
     return shutil.which(program, path=path)
 
 
-def _path(program: str) -> str:
-    found = _which(program)
+def path_of(program: str) -> str:
+    found = which(program)
     if found is None:
         raise ApplyError(program, "not found in PATH any more; install the package iptables")
     return found
@@ -365,7 +365,7 @@ def _input(text: str) -> BinaryIO:
     return file
 
 
-async def _run(
+async def run_program(
     program: str, argv: Sequence[str], timeout: float, text: str | None = None
 ) -> tuple[int, BinaryIO, str]:
     """Run a program to its end; return (exit status, output, stderr).

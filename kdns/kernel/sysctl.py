@@ -25,6 +25,7 @@ CONNTRACK = "proc/sys/net/netfilter"
 FLOWS = f"{CONNTRACK}/nf_conntrack_max"
 TCP_BE_LIBERAL = f"{CONNTRACK}/nf_conntrack_tcp_be_liberal"
 BUCKETS = "sys/module/nf_conntrack/parameters/hashsize"
+TW_REUSE = "proc/sys/net/ipv4/tcp_tw_reuse"
 ROUTE_LOCALNET = "proc/sys/net/ipv4/conf/all/route_localnet"
 
 
@@ -110,6 +111,12 @@ def apply_route_localnet(root: Path = Path("/")) -> Outcome:
     Whoever turns this on guards against such packets from outside (CVE-2020-8558).
     """
     return _put(root, ROUTE_LOCALNET, 1)
+
+
+def apply_tw_reuse(root: Path = Path("/")) -> Outcome:
+    """Let a port of a connection that has just ended be taken again: who relays connections
+    has them all, and would run out of them at 500 new ones a second to one endpoint."""
+    return _put(root, TW_REUSE, 1)
 
 
 def is_tcp_liberal(root: Path = Path("/")) -> bool:

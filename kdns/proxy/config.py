@@ -32,7 +32,6 @@ HEALTHZ_PORT, METRICS_PORT = 10256, 10249
 
 Mode: TypeAlias = Literal["iptables", "nftables", "ipvs", "userspace"]
 MODES: Final = ("iptables", "nftables", "ipvs", "userspace")
-IMPLEMENTED: Final = ("iptables",)
 LOCAL_MODES: Final = ("ClusterCIDR", "NodeCIDR", "BridgeInterface", "InterfaceNamePrefix")
 SCHEDULERS: Final = "rr wrr lc wlc lblc lblcr sh dh sed nq fo ovf mh".split()
 _IPV4_LOOPBACK = ipaddress.ip_network("127.0.0.0/8")
@@ -210,7 +209,7 @@ _NO_EFFECT: Final = frozenset(
     }
 )
 _GONE: Final[Mapping[_Path, str]] = {
-    ("udpIdleTimeout",): "it went with the userspace mode",
+    ("udpIdleTimeout",): "it went with kube-proxy's userspace mode; ours has --udp-timeout",
     ("resourceContainer",): "kube-proxy has dropped it",
     ("conntrack", "max"): "write maxPerCore and min",
 }

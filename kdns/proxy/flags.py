@@ -20,8 +20,8 @@ from kdns.errors import ConfigError, Problem
 from kdns.proxy import settings as s
 from kdns.proxy.config import (
     HEALTHZ_PORT,
-    IMPLEMENTED,
     METRICS_PORT,
+    MODES,
     ProxyConfig,
     Read,
     cautions,
@@ -79,7 +79,7 @@ _NONE = "has no effect here"
 
 START, API, IDENTITY, MODE, HTTP, IPTABLES, IPVS, LOCALITY, NODE_PORTS, CONNTRACK, PROCESS, OWN = (
     "Start", "API", "Identity", "Mode", "HTTP", "iptables",
-    "ipvs (a mode that is not in this version)", "Locality", "Node ports",
+    "ipvs", "Locality", "Node ports",
     "conntrack", "Process", "Not in kube-proxy",
 )  # fmt: skip
 
@@ -108,7 +108,7 @@ FLAGS: Final[tuple[Flag, ...]] = (
           outlives_file=True),
     _sets("bind-address", IDENTITY, "bind_address",
           "Primary IP of this node, if it is not the Node object's. Nothing is bound to it."),
-    _sets("proxy-mode", MODE, "mode", f"In this version: {' or '.join(IMPLEMENTED)}."),
+    _sets("proxy-mode", MODE, "mode", f"How to forward: {', '.join(MODES[:-1])} or {MODES[-1]}."),
     _sets("healthz-bind-address", HTTP, "healthz_bind_address",
           "Serve /healthz and /livez here; '' does not."),
     _sets("metrics-bind-address", HTTP, "metrics_bind_address",
@@ -178,6 +178,12 @@ FLAGS: Final[tuple[Flag, ...]] = (
          kind=s.Switch(), outlives_file=True),
     Flag("manifests", OWN, "Read Services from this file or folder in place of a cluster; may"
          " be repeated. Also -f.", kind=s.Text("PATH"), outlives_file=True, adds_up=True),
+    Flag("portmap", OWN, "In the userspace mode: write no rules and listen only here, a Service"
+         " port each: NAMESPACE/SERVICE[:PORT][/udp]=[ADDRESS:]PORT. May be repeated.",
+         kind=s.Text("MAP"), outlives_file=True, adds_up=True),
+    Flag("udp-timeout", OWN, "In the userspace mode: how long a UDP flow may be idle, as 250ms."
+         " A flag of kube-proxy's old userspace mode.",
+         kind=s.Duration(positive=True), outlives_file=True),
 )  # fmt: skip
 
 _KLOG = "a flag of kube-proxy's log library"
@@ -209,7 +215,6 @@ NO_EFFECT: Final[Mapping[str, tuple[s.Kind, str]]] = {
     "machine-id-file": (s.Text(), _OLD),
     "proxy-port-range": (s.Text(), _USERSPACE),
     "resource-container": (s.Text(), _OLD),
-    "udp-timeout": (s.Text(), _USERSPACE),
 }
 # Of what has no effect, what an operator may have counted on.
 _MISSED: Final = {"feature-gates", "profiling", "show-hidden-metrics-for-version"}
@@ -221,6 +226,7 @@ _BY_NAME: Final[Mapping[str, Flag]] = {
     **{one.name: one for one in FLAGS},
     **{name: Flag(name, "", "", kind=kind) for name, (kind, _) in NO_EFFECT.items()},
 }
+UDP_IDLE: Final = 0.25  # seconds, as kube-proxy's userspace mode had it
 _SHORT: Final = {"f": "manifests", "h": "help"}
 
 
@@ -283,6 +289,16 @@ class Parsed:
     def manifests(self) -> tuple[str, ...]:
         return tuple(self.given.get("manifests", ()))
 
+    @property
+    def portmap(self) -> tuple[str, ...]:
+        """As parse_portmap of userspace.py reads them."""
+        return tuple(self.given.get("portmap", ()))
+
+    @property
+    def udp_idle(self) -> float:
+        """Seconds that a flow of the userspace mode may be idle."""
+        return float(self.given.get("udp-timeout", UDP_IDLE))
+
 
 def parse_flags(args: Sequence[str]) -> Parsed:
     """Return what a command line says. Raises ConfigError with all mistakes at once; not of a
@@ -327,7 +343,7 @@ def _read_word(word: str, more: Iterator[str]) -> tuple[Flag, Any]:
         value = flag.kind.parse(text)
     except ValueError as e:
         raise ValueError(f"--{flag.name}: {e}, found '{text}'") from None
-    return flag, (value,) if flag.name == "manifests" else value
+    return flag, (value,) if flag.adds_up and isinstance(flag.kind, s.Text) else value
 
 
 def _no_effect(given: Mapping[str, Any]) -> Iterator[Problem]:
@@ -351,7 +367,7 @@ def settle(parsed: Parsed, read: Read | None) -> Read:
 
     read -- what parse_config made of the file of `parsed.config_path`; None without one
     With a file nearly every flag is ignored, with a warning, as kube-proxy does.
-    Raises ConfigError for what is not right together, or not in this version.
+    Raises ConfigError for what is not right together.
     """
     problems = [*parsed.warnings, *(read.warnings if read is not None else ())]
     config = ProxyConfig() if read is None else read.config
@@ -375,11 +391,6 @@ def settle(parsed: Parsed, read: Read | None) -> Read:
         problems += (Problem(file, 0, f"{'.'.join(at)}: {text}") for at, text in mistakes(config))
     # To clean up, or to write a file for another day, no dataplane is needed.
     if not (parsed.cleanup or parsed.write_config_to):
-        if config.mode not in IMPLEMENTED:
-            problems.append(
-                Problem(file, 0, f"mode: {config.mode} is not in this version,"
-                                 f" {' and '.join(IMPLEMENTED)} is")
-            )  # fmt: skip
         problems += (Problem(file, 0, text, True) for text in cautions(config))
     if any(not one.warning for one in problems):
         raise ConfigError(problems)

@@ -12,6 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple, TypeAlias
 
+from kdns.proxy.iptables_explain import Reasons
 from kdns.proxy.iptables_rules import (
     NAT_SERVICES,
     SERVICE_CHAINS,
@@ -407,12 +408,16 @@ def render_entry(entry: Entry) -> str:
     )
 
 
-def render_rules(table: ForwardingTable, options: Options) -> str:
+def render_rules(table: ForwardingTable, options: Options, explain: bool = False) -> str:
     """Return all rules with their jumps as one text for `iptables-restore`, as `kdns rules`
-    prints it."""
+    prints it.
+
+    explain -- above each rule a comment says whose it is and what it is for
+    """
     rules = IptablesRules(options)
     rules.update(table, None)
     wanted = rules.wanted()
+    reasons = Reasons(table, options, table.endpoints > LARGE) if explain else None
     texts = []
     for name, builtin in jumps(options).items():
         chains = dict(sorted(wanted[name].items()))
@@ -420,6 +425,11 @@ def render_rules(table: ForwardingTable, options: Options) -> str:
             chains.setdefault("KUBE-FIREWALL", ())
         texts.append(f"*{name}\n")
         texts += [f":{chain} - [0:0]\n" for chain in chains]
-        texts += [append_lines(chain, lines) for chain, lines in {**builtin, **chains}.items()]
+        for chain, lines in {**builtin, **chains}.items():
+            if reasons is None:
+                texts.append(append_lines(chain, lines))
+                continue
+            for line in lines:
+                texts.append(f"# {reasons.rule(name, chain, line)}\n-A {chain} {line}\n")
         texts.append("COMMIT\n")
     return "".join(texts)

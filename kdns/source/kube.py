@@ -28,12 +28,9 @@ from kdns.errors import Denied, Expired, SourceError, Unreachable
 from kdns.metrics import Metrics
 from kdns.registry.objects import (
     ENDPOINT_SLICE,
-    HEADLESS_LABEL,
-    IMPORT_NAME_LABEL,
     NAMESPACE,
     NODE,
     POD,
-    PROXY_NAME_LABEL,
     SERVICE,
     SERVICE_IMPORT,
     Kind,
@@ -50,6 +47,7 @@ from kdns.source.reflector import (
     Skipped,
     Timing,
 )
+from kdns.source.selectors import selectors_of
 from kdns.source.sink import Sink, Tally, log
 
 PATHS: Final[dict[Kind, str]] = {
@@ -60,15 +58,6 @@ PATHS: Final[dict[Kind, str]] = {
     SERVICE_IMPORT: "/apis/multicluster.x-k8s.io/v1alpha1/serviceimports",
     NODE: "/api/v1/nodes",
 }
-# What forwarding passes over need not be sent to us (reference kube-proxy 1.1).
-FORWARDED_LABELS: Final[dict[Kind, str]] = {
-    SERVICE: f"!{PROXY_NAME_LABEL}",
-    ENDPOINT_SLICE: f"!{PROXY_NAME_LABEL},!{HEADLESS_LABEL}",
-}
-NOT_HEADLESS = "spec.clusterIP!=None"
-# Pods that have ended have no name (reference 1.6).
-LIVE_PODS = "status.phase!=Succeeded,status.phase!=Failed,status.phase!=Unknown"
-
 MAX_LIST = 512 << 20  # octets of one list answer; 100,000 Pods are some 400 MiB
 MAX_REFUSAL = 64 << 10  # octets read of an error's body
 READ_BUFFER = 256 << 10
@@ -216,28 +205,6 @@ class KubeSource:
     def _count(self, host: str, code: str, began: float) -> None:
         self._requests.labels(code, "GET", host).add()
         self._durations.labels("GET", host).add(self._clock() - began)
-
-
-def selectors_of(spec: KubeSpec, kind: Kind) -> list[tuple[str, str]]:
-    """Return the query parameters that choose the objects of a kind that `spec` wants."""
-    selectors = []
-    labels = []
-    # CoreDNS: `labels` is not for ServiceImports, but for their slices.
-    if kind not in (NAMESPACE, SERVICE_IMPORT, NODE) and spec.label_selector:
-        labels.append(spec.label_selector)
-    if spec.only_forwarded and kind in FORWARDED_LABELS:
-        labels.append(FORWARDED_LABELS[kind])
-    if kind == ENDPOINT_SLICE and not spec.want_endpoints:
-        labels.append(IMPORT_NAME_LABEL)  # only those that have it
-    if labels:
-        selectors.append(("labelSelector", ",".join(labels)))
-    if kind == POD:
-        selectors.append(("fieldSelector", LIVE_PODS))
-    elif kind == NODE:
-        selectors.append(("fieldSelector", f"metadata.name={spec.node}"))
-    elif kind == SERVICE and spec.only_forwarded:
-        selectors.append(("fieldSelector", NOT_HEADLESS))
-    return selectors
 
 
 def _say(error: Exception) -> str:

@@ -7,7 +7,6 @@ progress.go, util/deployment_util.go.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -19,6 +18,7 @@ from kdns.api.controllers.workloads import (
     whole_or_part,
 )
 from kdns.api.controllers.writes import condition_of, owner_reference, set_condition
+from kdns.api.patch import copied
 from kdns.api.store import Obj
 
 REVISION: Final = "deployment.kubernetes.io/revision"
@@ -77,10 +77,10 @@ def new_set(d: Obj, revision: int, replicas: int, collisions: int) -> Obj:
     """Return the ReplicaSet of the present template."""
     spec = d["spec"]
     named = template_hash(spec["template"], collisions)
-    template = copy.deepcopy(spec["template"])
+    template = copied(spec["template"])
     labels = template.setdefault("metadata", {}).setdefault("labels", {})
     labels[HASH_LABEL] = named
-    selector = copy.deepcopy(spec["selector"])
+    selector = copied(spec["selector"])
     selector.setdefault("matchLabels", {})[HASH_LABEL] = named
     made: Obj = {
         "apiVersion": "apps/v1",

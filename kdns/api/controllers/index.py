@@ -182,12 +182,8 @@ def decode_meta(stored: Stored) -> Meta:
     return _OWNED.decode(stored.body).metadata
 
 
-def key_text(key: Key) -> str:
-    """The key of a queue: "default/web", "node1"."""
-    return f"{key[1]}/{key[2]}" if key[1] else key[2]
-
-
 def split(key: str) -> tuple[str, str]:
+    """Return namespace and name of a queue's key: "default/web", "node1"."""
     namespace, _, name = key.rpartition("/")
     return namespace, name
 

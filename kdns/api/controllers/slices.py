@@ -33,7 +33,7 @@ from kdns.api.controllers.slices_plan import (
     plan_slices,
     wanted_endpoints,
 )
-from kdns.api.controllers.writes import Writer, terminating
+from kdns.api.controllers.writes import Writer, in_turns, terminating
 from kdns.api.store import Event, Obj, Stored
 from kdns.errors import ApiError
 
@@ -168,8 +168,17 @@ class Slices:
         existing = [one for one in found if not one["metadata"].get("deletionTimestamp")]
         first = trigger or (service["metadata"]["creationTimestamp"] if not existing else "")
         plan = plan_slices(service, pods, existing, self.zone_of, first)
-        await self._carry_out(namespace, plan, {one.key[2]: one for one in versions})
-        await self._write_endpoints(namespace, service, pods, first)
+        by_name = {one.key[2]: one for one in versions}
+        if existing:
+            await self._carry_out(namespace, plan, by_name)
+            await self._write_endpoints(namespace, service, pods, first)
+        else:  # of a Service that is new: both in one commit
+            await in_turns(
+                (
+                    self._carry_out(namespace, plan, by_name),
+                    self._write_endpoints(namespace, service, pods, first),
+                )
+            )
 
     async def _carry_out(self, namespace: str, plan: Plan, versions: dict[str, Stored]) -> None:
         writer = self._writer

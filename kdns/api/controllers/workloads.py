@@ -7,7 +7,6 @@ controller_utils.go, controller_ref_manager.go.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -18,6 +17,7 @@ from kdns.api.controllers.index import Index, Pod
 from kdns.api.controllers.pods import parse_time
 from kdns.api.controllers.writes import owner_reference
 from kdns.api.objects import NAME_LETTERS
+from kdns.api.patch import copied
 from kdns.api.store import Obj
 from kdns.registry.selectors import Selector, requirement_of, selector_of
 
@@ -31,7 +31,7 @@ _PHASES: Final = {"Pending": 0, "": 0, "Unknown": 1, "Running": 2}
 def template_hash(template: Obj, collisions: int = 0) -> str:
     """Return a name for a template: the same for the same content (FNV-1a of 32 bits, in
     letters that make no words). Not upstream's number, which is of Go's memory layout."""
-    kept = copy.deepcopy(template)
+    kept = copied(template)
     labels = (kept.get("metadata") or {}).get("labels")
     if labels:
         labels.pop(HASH_LABEL, None)
@@ -106,12 +106,12 @@ def pod_from(template: Obj, owner: Obj) -> Obj:
     }
     for name in ("labels", "annotations", "finalizers"):
         if meta.get(name):
-            made[name] = copy.deepcopy(meta[name])
+            made[name] = copied(meta[name])
     return {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": made,
-        "spec": copy.deepcopy(template.get("spec") or {}),
+        "spec": copied(template.get("spec") or {}),
     }
 
 

@@ -1,0 +1,515 @@
+"""Real packets through real IPVS, and what becomes of it when somebody interferes.
+
+Few kernels that run tests have IPVS: .ci/ipvs_vm.py (`make test-ipvs`) runs this in a small
+virtual machine. Elsewhere all but the error that says so is skipped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import pytest
+from forwarding import exposed, snapshot_of
+from ipvs_node import IN_MACHINE, IpvsNode, node_or_skip
+from netcluster import (
+    BRIDGE_ADDRESS,
+    CLUSTER_CIDR,
+    NODE_ADDRESS,
+    NODE_NAME,
+    OUTSIDE,
+    PATIENCE,
+    SILENCE,
+    NetCluster,
+    Reply,
+    enough,
+)
+from traffic import (
+    CLUSTER_IP,
+    DROPPED,
+    EXTERNAL_IP,
+    FAMILIES,
+    LB_IP,
+    NODE_PORT,
+    PORT,
+    REFUSED,
+    WHERE,
+    Fate,
+    Served,
+    at,
+    backed,
+    cluster_or_skip,
+    fate_of,
+    frontends,
+    on,
+    own_address,
+    served,
+    web,
+)
+
+from kdns.errors import ApplyError
+from kdns.kernel.ipvs_netlink import HeldReal, HeldVirtual, held_servers
+from kdns.proxy.config import SCHEDULERS
+from kdns.proxy.ipvs import At, IpvsSettings
+from kdns.proxy.options import Detector, Family, NodeView, Options
+from kdns.proxy.table import TableCompiler
+from kdns.registry.objects import Object
+from kdns.registry.snapshot import Changes, Snapshot, everything
+
+DEFAULTS = IpvsSettings()
+
+
+class Site:
+    """The cluster with IPVS in its node, as scenarios talk to them."""
+
+    def __init__(self, cluster: NetCluster, node: IpvsNode) -> None:
+        self.cluster = cluster
+        self.node = node
+        self.snapshot = Snapshot()
+        self.compilers: dict[Family, TableCompiler] = {}
+        self.options: dict[Family, Options] = {}
+
+    def load(
+        self,
+        *objects: Object,
+        settings: IpvsSettings = DEFAULTS,
+        families: Iterable[Family] = (4,),
+    ) -> None:
+        """Start a proxy with these objects."""
+        self.node.settings = settings
+        self.snapshot = snapshot_of(*objects)
+        self.compilers.clear()
+        for family in families:
+            self.options[family] = Options(family, detector=Detector("cidr", CLUSTER_CIDR[family]))
+            node = NodeView(NODE_NAME, NODE_ADDRESS[family])
+            compiler = self.compilers[family] = TableCompiler(family, node)
+            compiler.update(self.snapshot, everything(self.snapshot))
+            self.node.install(compiler.table, self.options[family])
+        self.cluster.request("node", "forget")
+
+    def change(self, *objects: Object) -> None:
+        """These are the objects now."""
+        before, self.snapshot = self.snapshot, snapshot_of(*objects)
+        touched = everything(before).services | everything(self.snapshot).services
+        for family, compiler in self.compilers.items():
+            changed = compiler.update(self.snapshot, Changes(services=touched))
+            self.node.follow(family, compiler.table, changed)
+
+    def run(self, *argv: str) -> str:
+        return self.cluster.run("node", *argv)
+
+    def expect(
+        self, origin: str, ip: str, port: int, fate: Fate, protocol: str = "tcp", source: str = ""
+    ) -> list[Reply]:
+        """Ask often enough to meet every endpoint; the kernel must do as `fate` says."""
+        family: Family = 6 if ":" in ip else 4
+        source = source or own_address(origin, family)
+        times = enough(len(fate.endpoints)) if isinstance(fate, Served) else 1
+        replies = self.cluster.ask(
+            WHERE.get(origin, origin), ip, port, protocol, times=times, sources=[source],
+            timeout=SILENCE if fate == DROPPED else PATIENCE,
+        )  # fmt: skip
+        who = f"{protocol} from {origin} ({source}) to {ip} port {port}"
+        assert fate_of(replies) == fate, who
+        node = {NODE_ADDRESS[family], BRIDGE_ADDRESS[family]}
+        assert {r.peer_ip for r in replies if r.masqueraded} <= node, who
+        return replies
+
+    def held_schedulers(self) -> set[str]:
+        return {one.scheduler for one in self.servers(4).values()}
+
+    def weights(self, family: Family = 4) -> dict[str, int]:
+        """Return real server -> weight behind web()'s ClusterIP."""
+        return {
+            str(real): state.weight
+            for real, state in self.held(family)[CLUSTER_IP[family], PORT].items()
+        }
+
+    def held(self, family: Family = 4) -> dict[tuple[str, int], dict[object, HeldReal]]:
+        return {
+            (at.address, at.port): dict[object, HeldReal](one.reals.items())
+            for at, one in self.servers(family).items()
+        }
+
+    def servers(self, family: Family) -> dict[At, HeldVirtual]:
+        async def ask() -> dict[At, HeldVirtual]:
+            return await asyncio.to_thread(held_servers, family)
+
+        return self.node.call(ask())
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[NetCluster]:
+    with cluster_or_skip() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def site(cluster: NetCluster) -> Iterator[Site]:
+    with node_or_skip(cluster) as node:
+        yield Site(cluster, node)
+        node.clear()
+
+
+@pytest.fixture(params=FAMILIES, ids=["ipv4", "ipv6"])
+def family(request: pytest.FixtureRequest) -> Family:
+    one: Family = request.param
+    return one
+
+
+# --- Who is served, by whom, and under which address ------------------------------------------
+
+
+def test_every_kind_of_frontend_reaches_every_endpoint(site: Site, family: Family) -> None:
+    site.load(
+        web(family), backed(on(1, 10, family), on(2, 10, family), family=family), families=[family]
+    )
+    ends = (at(10, family), at(10, family, node=2))
+    for kind, ip, port in frontends(family):
+        inner = kind == "cluster IP"
+        site.expect("pod", ip, port, served(*ends, masquerade=not inner))
+        site.expect("node", ip, port, served(*ends, masquerade=True))
+        site.expect("outside", ip, port, served(*ends, masquerade=True))
+
+
+@pytest.mark.parametrize("protocol", ["UDP", "SCTP"])
+def test_other_protocols_are_forwarded_as_tcp_is(site: Site, family: Family, protocol: str) -> None:
+    site.load(
+        web(family, protocol=protocol),
+        backed(on(1, 10, family), on(2, 10, family), family=family, protocol=protocol),
+        families=[family],
+    )
+    ends = (at(10, family), at(10, family, node=2))
+    word = protocol.lower()
+    site.expect("pod", CLUSTER_IP[family], PORT, served(*ends, masquerade=False), word)
+    site.expect("outside", NODE_ADDRESS[family], NODE_PORT, served(*ends, masquerade=True), word)
+
+
+def test_a_pod_that_reaches_itself_is_masqueraded(site: Site, family: Family) -> None:
+    site.load(web(family), backed(on(1, 10, family), family=family), families=[family])
+    site.expect("pod-a", CLUSTER_IP[family], PORT, served(at(10, family), masquerade=True))
+
+
+def test_policy_local_keeps_to_this_node_and_the_clients_address(
+    site: Site, family: Family
+) -> None:
+    site.load(
+        web(family, externalTrafficPolicy="Local"),
+        backed(on(1, 10, family), on(2, 10, family), family=family),
+        families=[family],
+    )
+    here = at(10, family)
+    for _, ip, port in frontends(family, cluster_ip=False):
+        site.expect("outside", ip, port, served(here, masquerade=False))
+        site.expect("pod", ip, port, served(here, masquerade=False))
+        site.expect("node", ip, port, served(here, masquerade=True))
+    ends = (here, at(10, family, node=2))
+    site.expect("pod", CLUSTER_IP[family], PORT, served(*ends, masquerade=False))
+
+
+def test_policy_local_without_local_endpoints_drops_what_comes_from_outside(
+    site: Site, family: Family
+) -> None:
+    site.load(
+        web(family, externalTrafficPolicy="Local"),
+        backed(on(2, 10, family), family=family),
+        families=[family],
+    )
+    there = at(10, family, node=2)
+    for _, ip, port in frontends(family, cluster_ip=False):
+        site.expect("outside", ip, port, DROPPED)
+        site.expect("pod", ip, port, served(there, masquerade=False))
+        site.expect("node", ip, port, served(there, masquerade=True))
+
+
+def test_internal_policy_local(site: Site, family: Family) -> None:
+    service = web(family, internalTrafficPolicy="Local")
+    site.load(
+        service, backed(on(1, 10, family), on(2, 10, family), family=family), families=[family]
+    )
+    site.expect("pod", CLUSTER_IP[family], PORT, served(at(10, family), masquerade=False))
+    site.change(service, backed(on(2, 10, family), family=family))
+    # Refused, where iptables are silent: IPVS has no other answer.
+    site.expect("pod", CLUSTER_IP[family], PORT, REFUSED)
+
+
+def test_without_endpoints_clients_are_refused(site: Site, family: Family) -> None:
+    site.load(web(family), families=[family])
+    for _, ip, port in frontends(family):
+        for origin in ("pod", "node", "outside"):
+            site.expect(origin, ip, port, REFUSED)
+
+
+def test_other_ports_of_a_vip_do_not_lead_to_the_node(site: Site, family: Family) -> None:
+    """What listens on the node listens on the VIP too, since that is bound (#72236)."""
+    site.load(web(family), backed(on(1, 10, family), family=family), families=[family])
+    for origin in ("pod", "outside", "node"):
+        site.expect(origin, CLUSTER_IP[family], 22, REFUSED)
+
+
+def test_source_ranges_guard_the_load_balancers_address(site: Site, family: Family) -> None:
+    allowed = OUTSIDE[family][0]
+    site.load(
+        web(family, loadBalancerSourceRanges=[f"{allowed}/{32 if family == 4 else 128}"]),
+        backed(on(1, 10, family), family=family),
+        families=[family],
+    )
+    end = served(at(10, family), masquerade=True)
+    site.expect("outside", LB_IP[family], PORT, end, source=allowed)
+    site.expect("outside", LB_IP[family], PORT, DROPPED)
+    site.expect("outside", EXTERNAL_IP[family], PORT, end)
+
+
+def test_a_client_with_affinity_stays(site: Site, family: Family) -> None:
+    site.load(
+        web(family, sessionAffinity="ClientIP"),
+        backed(on(1, 10, family), on(1, 20, family), on(2, 10, family), family=family),
+        families=[family],
+    )
+    first = site.cluster.ask("client", CLUSTER_IP[family], PORT, times=12)
+    assert {reply.outcome for reply in first} == {"answered"}
+    assert len({reply.at for reply in first}) == 1
+
+
+def test_every_scheduler(site: Site) -> None:
+    for scheduler in SCHEDULERS:
+        settings = IpvsSettings(scheduler)
+        site.load(web(), backed(on(1, 10), on(2, 10)), settings=settings)
+        (reply,) = site.cluster.ask("client", CLUSTER_IP[4], PORT)
+        assert reply.outcome == "answered", scheduler
+        (used,) = site.held_schedulers()
+        assert used == scheduler
+
+
+# --- Endpoints that leave ---------------------------------------------------------------------
+
+
+def test_an_endpoint_leaves_when_its_last_connection_ends(site: Site) -> None:
+    here, there = at(10), at(10, node=2)
+    # IPVS forgets a connection that says nothing for so many seconds.
+    settings = IpvsSettings(tcp_timeout=8)
+    site.load(web(), backed(on(1, 10)), settings=settings)
+    try:
+        connection = site.cluster.open("client", CLUSTER_IP[4], PORT)
+        site.change(web(), backed(on(2, 10)))
+        assert site.weights() == {here: 0, there: 1}
+        assert connection.again().at == here
+        site.expect("pod", CLUSTER_IP[4], PORT, served(there, masquerade=False))
+        assert site.node.verify(4)
+        # A proxy that starts anew takes over who is about to leave.
+        site.node.restart(4, site.options[4])
+        assert site.weights() == {here: 0, there: 1}
+        assert connection.again().at == here
+        until = time.monotonic() + 30
+        while here in site.weights() and time.monotonic() < until:
+            time.sleep(1)
+            assert site.node.verify(4)
+        assert site.weights() == {there: 1}
+        connection.close()
+    finally:
+        site.run("ipvsadm", "--set", "900", "120", "300")
+
+
+def test_an_endpoint_without_connections_leaves_at_once(site: Site, family: Family) -> None:
+    site.load(
+        web(family), backed(on(1, 10, family), on(2, 10, family), family=family), families=[family]
+    )
+    site.change(web(family), backed(on(2, 10, family), family=family))
+    assert site.weights(family) == {at(10, family, node=2): 1}
+
+
+def test_an_endpoint_that_comes_back_gets_connections_again(site: Site) -> None:
+    here, there = at(10), at(10, node=2)
+    site.load(web(), backed(on(1, 10)))
+    connection = site.cluster.open("client", CLUSTER_IP[4], PORT)
+    site.change(web(), backed(on(2, 10)))
+    assert site.weights()[here] == 0
+    site.change(web(), backed(on(1, 10), on(2, 10)))
+    assert site.weights() == {here: 1, there: 1}
+    site.expect("pod", CLUSTER_IP[4], PORT, served(here, there, masquerade=False))
+    assert connection.again().at == here
+    connection.close()
+
+
+def test_udp_endpoints_leave_at_once(site: Site) -> None:
+    site.load(web(protocol="UDP"), backed(on(1, 10), protocol="UDP"))
+    flow = site.cluster.open("client", CLUSTER_IP[4], PORT, "udp")
+    assert flow.again().at == at(10)
+    site.change(web(protocol="UDP"), backed(on(2, 10), protocol="UDP"))
+    assert site.weights() == {at(10, node=2): 1}
+    flow.close()
+
+
+# --- Somebody interferes ----------------------------------------------------------------------
+
+WEB = f"{CLUSTER_IP[4]}:{PORT}"
+INTERFERENCES = {
+    "an address is gone": [f"ip addr del {CLUSTER_IP[4]}/32 dev kube-ipvs0"],
+    "the interface is gone": ["ip link del kube-ipvs0"],
+    "virtual servers are gone": ["ipvsadm -C"],
+    "a real server is gone": [f"ipvsadm -d -t {WEB} -r {at(10)}"],
+    "settings are others": [
+        f"ipvsadm -e -t {WEB} -r {at(10)} -m -w 0",
+        f"ipvsadm -E -t {WEB} -s lc",
+    ],
+    "a strange virtual server": ["ipvsadm -A -t 192.0.2.250:99 -s rr"],
+    "members are others": [
+        f"ipset del KUBE-CLUSTER-IP {CLUSTER_IP[4]},tcp:{PORT}",
+        "ipset add KUBE-CLUSTER-IP 192.0.2.250,tcp:99",
+    ],
+    "rules are gone": [
+        "iptables -t nat -F KUBE-POSTROUTING",
+        "iptables -t nat -F PREROUTING",
+        "iptables -F KUBE-IPVS-FILTER",
+    ],
+}
+
+
+@pytest.mark.parametrize("what", INTERFERENCES)
+def test_what_somebody_changes_is_noticed_and_healed(site: Site, what: str) -> None:
+    site.load(web(), backed(on(1, 10)))
+    before = comparable(site.node.held(4))
+    for line in INTERFERENCES[what]:
+        site.run(*line.split())
+    assert not site.node.verify(4)
+    site.node.sync_fully()
+    assert site.node.verify(4)
+    assert comparable(site.node.held(4)) == before
+    site.expect("pod", CLUSTER_IP[4], PORT, served(at(10), masquerade=False))
+
+
+def comparable(held: str) -> list[str]:
+    """Return all that is said, without counters, numbers and comments."""
+    lines = [line for line in held.splitlines() if not line.startswith("#")]
+    kept = [line for line in lines if line.startswith(("-A", "add", "create KUBE", "TCP", "  ->"))]
+    return sorted(line.split(" initval")[0] for line in kept)
+
+
+def test_a_full_set_is_told_and_healed(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    site.load(web(), backed(on(1, 10)))
+    small = "create SMALL hash:ip,port family inet hashsize 64 maxelem 4\n"
+    others = "".join(f"add SMALL 192.0.2.{i},tcp:1\n" for i in range(4))
+    site.cluster.run(
+        "node", "ipset", "restore", text=f"{small}{others}swap SMALL KUBE-CLUSTER-IP\n"
+    )
+    site.run("ipset", "destroy", "SMALL")
+    assert not site.node.verify(4)
+    site.node.sync_fully()
+    assert "KUBE-CLUSTER-IP is full" in caplog.text
+    assert site.node.verify(4)
+    site.expect("node", CLUSTER_IP[4], PORT, served(at(10), masquerade=True))
+
+
+@pytest.mark.skipif(not IN_MACHINE, reason="takes a module from the kernel")
+def test_ipvs_unloaded_while_running_is_told_and_healed_when_it_is_back(site: Site) -> None:
+    site.load(web(), backed(on(1, 10)))
+    site.run("ipvsadm", "-C")
+    with open("/proc/modules") as file:
+        loaded = [line.split()[0] for line in file if line.startswith("ip_vs")]
+    subprocess.run(["mount", "-t", "tmpfs", "nothing", "/lib/modules"], check=True)
+    try:
+        subprocess.run(["rmmod", *sorted(loaded, key="ip_vs".__eq__)], check=True)
+        assert not site.node.verify(4)
+        with pytest.raises(ApplyError, match=r"module ip_vs; the modes iptables, nftables and"):
+            site.node.sync_fully()
+        with pytest.raises(ApplyError, match=r"lacks what mode ipvs needs: ip_vs, ip_vs_wlc"):
+            site.node.probe("wlc")
+    finally:
+        subprocess.run(["umount", "/lib/modules"], check=True)
+    site.node.sync_fully()
+    assert site.node.verify(4)
+    site.expect("pod", CLUSTER_IP[4], PORT, served(at(10), masquerade=False))
+
+
+def test_virtual_servers_of_others_stay_where_they_are_excluded(site: Site) -> None:
+    theirs = "203.0.113.77:80"
+    site.load(web(), settings=IpvsSettings(exclude_cidrs=("203.0.113.0/24",)))
+    site.run("ipvsadm", "-A", "-t", theirs, "-s", "rr")
+    try:
+        assert site.node.verify(4)
+        site.node.sync_fully()
+        site.node.forget(4)
+        assert ("203.0.113.77", 80) in site.held()
+    finally:
+        site.run("ipvsadm", "-D", "-t", theirs)
+        site.load()
+
+
+def test_an_address_that_the_node_has_is_not_bound_again(site: Site) -> None:
+    site.load(web(externalIPs=[NODE_ADDRESS[4]]), backed(on(1, 10)))
+    assert NODE_ADDRESS[4] not in site.run("ip", "addr", "show", "kube-ipvs0")
+    site.expect("outside", NODE_ADDRESS[4], PORT, served(at(10), masquerade=True))
+
+
+def test_strict_arp_and_the_kernels_settings(site: Site) -> None:
+    site.load(web(), settings=IpvsSettings(strict_arp=True, tcp_timeout=900, udp_timeout=30))
+    for name, value in {
+        "net.ipv4.vs.conntrack": "1",
+        "net.ipv4.vs.expire_nodest_conn": "1",
+        "net.ipv4.vs.expire_quiescent_template": "1",
+        "net.ipv4.conf.all.arp_ignore": "1",
+        "net.ipv4.conf.all.arp_announce": "2",
+    }.items():
+        assert site.run("cat", f"/proc/sys/{name.replace('.', '/')}").strip() == value, name
+    assert "900 120 30" in site.run("ipvsadm", "-L", "--timeout")
+
+
+# --- Leaving ----------------------------------------------------------------------------------
+
+
+def test_a_clean_up_leaves_nothing_and_takes_nothing_of_others(site: Site) -> None:
+    both = exposed("two", ip="10.96.0.7", clusterIPs=["10.96.0.7", "fd00:10:96::7"])
+    site.load(web(), both, backed(on(1, 10)), families=FAMILIES)
+    site.run("iptables", "-A", "INPUT", "-p", "tcp", "--dport", "999", "-j", "DROP")
+    site.run("ipset", "create", "THEIRS", "hash:ip")
+    site.node.clear()
+    for family in FAMILIES:
+        held = site.node.held(family)
+        assert "KUBE-" not in held
+        assert "kube-ipvs0" not in held
+        assert site.held(family) == {}
+    assert "999" in site.node.held(4)
+    assert "THEIRS" in site.node.held(4)
+    site.run("ipset", "destroy", "THEIRS")
+    site.node.clear()  # once more: nothing to do is no error
+
+
+# --- Size -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "services", [500, pytest.param(10_000, marks=[pytest.mark.bench, pytest.mark.timeout(600)])]
+)
+def test_many_services(site: Site, services: int) -> None:
+    objects: list[Object] = []
+    for number in range(services):
+        name, ip = f"s{number}", f"10.97.{number >> 8}.{number & 255}"
+        objects.append(exposed(name, ip=ip, ports=[("http", PORT, "TCP")]))
+        objects.append(backed(on(1, 10), on(2, 10), owner=name))
+    site.load()
+    site.snapshot = snapshot_of(*objects)
+    compiler = site.compilers[4]
+    changed = compiler.update(site.snapshot, everything(site.snapshot))
+    times = [timed(lambda: site.node.follow(4, compiler.table, changed))]
+    assert len(site.held()) == services
+    times.append(timed(site.node.sync_fully))
+    times.append(timed(lambda: site.node.verify(4)))
+    last = services - 1
+    ip = f"10.97.{last >> 8}.{last & 255}"
+    site.expect("pod", ip, PORT, served(at(10), at(10, node=2), masquerade=False))
+    snapshot = snapshot_of(*objects[:-2])
+    gone = compiler.update(snapshot, Changes(services=frozenset({("default", f"s{last}")})))
+    times.append(timed(lambda: site.node.follow(4, compiler.table, gone)))
+    assert len(site.held()) == services - 1
+    times.append(timed(site.node.clear))
+    words = ("loaded", "once more in full", "verified", "one gone", "cleaned up")
+    told = ", ".join(f"{word} {one:.2f} s" for word, one in zip(words, times, strict=True))
+    print(f"\nipvs, {services} Services of two endpoints: {told}")
+
+
+def timed(work: Callable[[], object]) -> float:
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
