@@ -52,17 +52,22 @@ CHANGES = 20
 # Between a change seen and the next one sent: shorter than kube-proxy's default min-sync.
 PAUSE = 0.3
 GIVE_UP = 180.0  # seconds for one full sync
+NFTABLES = "nftables"  # the mode; the others are variants of iptables
 # The programs of one variant, by the names that everybody calls.
-VARIANTS = {"nft": "nft", "legacy": "legacy"}
+VARIANTS = {"nft": "nft", "legacy": "legacy", NFTABLES: "nft"}
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many Services with how many endpoints each; goal -- seconds for kdns's full sync."""
+    """How many Services with how many endpoints each.
+
+    goal, nftables -- seconds for kdns's full sync, in the two modes
+    """
 
     services: int
     endpoints: int
     goal: float
+    nftables: float | None = None
 
     def __str__(self) -> str:
         return f"{self.services:,} x {self.endpoints}"
@@ -73,7 +78,7 @@ class Size:
         return self.services * (2 + 3 * self.endpoints)
 
 
-SIZES = (Size(1000, 5, 1.0), Size(5000, 2, 1.5), Size(10000, 2, 6.0))
+SIZES = (Size(1000, 5, 1.0), Size(5000, 2, 1.5), Size(10000, 2, 6.0, 1.0))
 
 
 @dataclass
@@ -308,12 +313,21 @@ def full_sync_seconds() -> float | None:
     with contextlib.suppress(OSError):
         with urllib.request.urlopen("http://127.0.0.1:10249/metrics", timeout=10) as answer:
             text = answer.read().decode()
-        sums = re.findall(
-            r"^kubeproxy_sync_full_proxy_rules_duration_seconds_sum(?:{.*})? (\S+)$", text, re.M
-        )
-        if sums:
-            return sum(map(float, sums))
+        # kube-proxy's nftables mode of 1.30 tells of full syncs and others together.
+        for name in ("sync_full_proxy_rules", "sync_proxy_rules"):
+            sums = re.findall(
+                rf"^kubeproxy_{name}_duration_seconds_sum(?:{{.*}})? (\S+)$", text, re.M
+            )
+            if total := sum(map(float, sums)):
+                return total
     return None
+
+
+def nftables_services() -> int:
+    """Return the number of addresses in the map of kube-proxy's table that leads to Services."""
+    argv = ["nft", "list", "map", "ip", "kube-proxy", "service-ips"]
+    text = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    return len(re.findall(r" : goto service-", text))
 
 
 def kernel_rules(paths: str) -> tuple[int, str]:
@@ -347,7 +361,7 @@ def version_of(command: list[str]) -> str:
     return ((out.stdout or out.stderr).strip().splitlines() or ["?"])[0]
 
 
-def arguments(folder: Path, url: str, min_sync: str | None) -> list[str]:
+def arguments(folder: Path, url: str, mode: str, min_sync: str | None) -> list[str]:
     """Return the flags both programs get: kube-proxy's own."""
     kubeconfig = folder / "kubeconfig"
     kubeconfig.write_text(
@@ -364,12 +378,14 @@ def arguments(folder: Path, url: str, min_sync: str | None) -> list[str]:
     )
     flags = {
         "kubeconfig": kubeconfig, "hostname-override": NODE, "cluster-cidr": POD_CIDR,
-        "proxy-mode": "iptables", "kube-api-content-type": "application/json",
+        "proxy-mode": mode, "kube-api-content-type": "application/json",
         "healthz-bind-address": "127.0.0.1:10256", "metrics-bind-address": "127.0.0.1:10249",
         # Not the namespace's to set.
         "conntrack-max-per-core": 0, "conntrack-min": 0,
         "conntrack-tcp-timeout-established": "0s", "conntrack-tcp-timeout-close-wait": "0s",
     }  # fmt: skip
+    if mode == NFTABLES:
+        flags["feature-gates"] = "NFTablesProxyMode=true"  # kube-proxy before 1.31
     if min_sync is not None:
         flags["iptables-min-sync-period"] = min_sync
     return [f"--{name}={value}" for name, value in flags.items()]
@@ -408,7 +424,8 @@ def running(
     log = folder / "proxy.log"
     path = f"{variant}:{os.environ.get('PATH', os.defpath)}"
     with namespace(), contextlib.closing(Probe()) as probe, replay(size, folder) as (url, change):
-        full = [*command, *arguments(folder, url, min_sync)]
+        mode = NFTABLES if variant.name == NFTABLES else "iptables"
+        full = [*command, *arguments(folder, url, mode, min_sync)]
         began = time.monotonic()
         with started(full, log, env={**os.environ, "PATH": path}) as process:
             yield Running(process, probe, change, began)
@@ -434,9 +451,12 @@ def measure_sync(run: Running, size: Size, folder: Path, variant: Path) -> Sync:
     result.cpu = cpu_seconds(run.process.pid)
     result.apply = full_sync_seconds()
     result.rss, result.peak = memory(run.process.pid)
-    result.rules, last = kernel_rules(str(variant))
-    if result.rules != size.rules:
-        sys.exit(f"bench: {result.rules:,} rules where {size.rules:,} are due: not comparable")
+    if variant.name == NFTABLES:
+        (result.rules, due), last = (nftables_services(), size.services), vip_of(size.services - 1)
+    else:
+        (result.rules, last), due = kernel_rules(str(variant)), size.rules
+    if result.rules != due:
+        sys.exit(f"bench: {result.rules:,} rules where {due:,} are due: not comparable")
     result.connect = run.probe.cost(last)
     return result
 
@@ -511,6 +531,12 @@ def plans(quick: bool, rounds: int) -> Iterator[Plan]:
         for size in SIZES[1:]:
             for program in programs():
                 yield Plan(size, "legacy", program, 0)
+    for size in SIZES[1 : 2 if quick else 3]:
+        for number in range(1 if quick else rounds):
+            for program in programs():
+                if program == "kube-proxy" and number:
+                    continue
+                yield Plan(size, NFTABLES, program, number)
 
 
 def measure_plan(plan: Plan, folder: Path, figures: Figures) -> None:
@@ -526,26 +552,30 @@ def measure_plan(plan: Plan, folder: Path, figures: Figures) -> None:
     by_program.setdefault(plan.program, []).append(result)
     total = "-" if result.total is None else f"{result.total:.2f}"
     apply = "-" if result.apply is None else f"{result.apply:.2f}"
-    print(f"{plan.program:10} {plan.size!s:>10} {plan.variant:6} total {total:>6} s,"
+    print(f"{plan.program:10} {plan.size!s:>10} {plan.variant:8} total {total:>6} s,"
           f" apply {apply:>6} s, CPU {result.cpu:6.2f} s, {result.rss:4.0f} MB"
           f" (peak {result.peak:4.0f}), connect {result.connect:5.0f} us", flush=True)  # fmt: skip
 
 
 def measure_all_changes(quick: bool, folder: Path, figures: Figures) -> None:
-    size = SIZES[0] if quick else SIZES[1]
-    variant = variant_folder(folder, "nft")
-    if variant is None:
-        return
     # kube-proxy waits a second between syncs unless told otherwise.
     settings = {"kdns": (None,), "kube-proxy": (None, "0s")}
-    for program, command in programs().items():
-        for min_sync in settings[program]:
-            with running(command, size, folder, variant, min_sync) as run:
-                took = measure_changes(run, size, folder, 5 if quick else CHANGES)
-            name = program if min_sync is None else f"{program}, min-sync 0"
-            figures.changes.setdefault(str(size), {})[name] = took
-            if took:
-                print(f"{name:22} {size!s:>9} change {milliseconds(took)} ms", flush=True)
+    for what, size in (
+        ("nft", SIZES[0] if quick else SIZES[1]),
+        (NFTABLES, SIZES[0 if quick else 2]),
+    ):
+        variant = variant_folder(folder, what)
+        if variant is None:
+            continue
+        for program, command in programs().items():
+            for min_sync in settings[program] if what != NFTABLES else (None,):
+                with running(command, size, folder, variant, min_sync) as run:
+                    took = measure_changes(run, size, folder, 5 if quick else CHANGES)
+                name = program if min_sync is None else f"{program}, min-sync 0"
+                figures.changes.setdefault(f"{size}, {what}", {})[name] = took
+                if took:
+                    print(f"{name:22} {size!s:>9} {what:8} change {milliseconds(took)} ms",
+                          flush=True)  # fmt: skip
 
 
 def milliseconds(took: list[float]) -> str:
@@ -619,15 +649,19 @@ def section(figures: Figures) -> list[str]:
         " program's own kubeproxy_sync_full_proxy_rules_duration_seconds says, both families."
         " connect(): median of new connections through the ClusterIP matched last.",
         "",
-        "| Services x endpoints, iptables | program (runs) | start s | sync s | goal s | CPU s |"
+        "nft, legacy: the iptables mode by that variant; nftables: that mode.",
+        "",
+        "| Services x endpoints, mode | program (runs) | start s | sync s | goal s | CPU s |"
         " RSS MB | peak MB | connect() µs |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    goals = {str(size): f"{size.goal:.1f}" for size in SIZES}
+    goals = {str(size): size for size in SIZES}
     for what, by_program in figures.syncs.items():
         peer = by_program.get(PEER, [])
         for program, runs in by_program.items():
-            goal = goals[what.rpartition(", ")[0]] if program == "kdns" else "-"
+            size, _, variant = what.rpartition(", ")
+            due = goals[size].nftables if variant == NFTABLES else goals[size].goal
+            goal = f"{due:.1f}" if due and program == "kdns" else "-"
             cells = [
                 render_figure(runs, peer, name, digits)
                 for name, digits in (
@@ -645,7 +679,8 @@ def section(figures: Figures) -> list[str]:
         f" a change every {PAUSE} s after the one before was seen, kube-proxy also with"
         " --iptables-min-sync-period=0s.",
         "",
-        "| Services x endpoints | program (changes) | p50 ms (lowest to highest) | kdns of it |",
+        "| Services x endpoints, mode | program (changes) | p50 ms (lowest to highest) |"
+        " kdns of it |",
         "| --- | --- | --- | --- |",
     ]
     for what, by_setting in figures.changes.items():

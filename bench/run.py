@@ -3,9 +3,9 @@
 The server is pinned to core 0, the load generator (Debian's dnsperf) to core 1; kdns, CoreDNS
 (where `coredns` is on PATH) and a bare UDP echo in C (where there is a compiler) are measured
 in one run, turn about, because machines differ and only ratios carry over. All of them listen
-on loopback. Then the forwarding part, bench/proxy.py: kdns proxy beside kube-proxy; and the
-embedded API's, bench/api.py. Writes bench/RESULTS.md and bench/results.json; what was not run
-keeps what stood there.
+on loopback. Then the forwarding part, bench/proxy.py: kdns proxy beside kube-proxy; the userspace
+mode's, bench/userspace.py; and the embedded API's, bench/api.py. Writes bench/RESULTS.md and
+bench/results.json; what was not run keeps what stood there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is there, not the one above it
 
-from bench import api, proxy  # noqa: E402
+from bench import api, proxy, userspace  # noqa: E402
 
 SERVER_CORE, LOAD_CORE = "0", "1"
 OFFERED = 20000  # queries a second at which the CPU a query is read
@@ -256,15 +256,29 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5, help="length of one dnsperf run")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--services", type=int, default=1000)
-    parser.add_argument("--only", choices=("names", "forwarding", "api"), help="run one part")
+    parser.add_argument(
+        "--only", choices=("names", "forwarding", "userspace", "api"), help="run one part"
+    )
     parser.add_argument("--quick", action="store_true", help="forwarding: one round, no 10,000")
     args = parser.parse_args()
     if args.only in (None, "names"):
         run_names(args)
     if args.only in (None, "forwarding"):
         run_forwarding(args)
+    if args.only in (None, "userspace"):
+        run_userspace()
     if args.only in (None, "api"):
         run_api()
+
+
+def run_userspace() -> None:
+    why_not = userspace.missing()
+    if why_not:
+        print(f"bench: the userspace part is left out: it {why_not}", flush=True)
+        return
+    figures = userspace.measure()
+    figures.machine, figures.command = machine(), command_line()
+    write_part(userspace.section(figures), userspace.values(figures))
 
 
 def run_api() -> None:

@@ -24,8 +24,9 @@ README = (PROJECT / "README.md").read_text(encoding="utf-8")
 PLUGINS = (PROJECT / "docs/PLUGINS.md").read_text(encoding="utf-8")
 COREDNS = (PROJECT / "docs/COREDNS.md").read_text(encoding="utf-8")
 PROXY = (PROJECT / "docs/PROXY.md").read_text(encoding="utf-8")
+MODES = (PROJECT / "docs/MODES.md").read_text(encoding="utf-8")
 DOCUMENTS = ("README.md", "CHANGELOG.md", "docs/API.md", "docs/COREDNS.md", "docs/DESIGN.md",
-             "docs/PLUGINS.md", "docs/PROXY.md")  # fmt: skip
+             "docs/MODES.md", "docs/PLUGINS.md", "docs/PROXY.md")  # fmt: skip
 
 # Commands that README says are planned; the others it shows are there.
 PLANNED = ("trace", "check")
@@ -112,7 +113,10 @@ def is_planned(words: list[str]) -> bool:
     return len(words) == 1 and words[0] in PLANNED
 
 
-COMMANDS = [shlex.split(line, comments=True) for line in [*typed("kdns"), *typed("kdns", PROXY)]]
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for line in [*typed("kdns"), *typed("kdns", PROXY), *typed("kdns", MODES)]
+]
 COMMANDS = [words[words.index("kdns") + 1 :] for words in COMMANDS]
 
 
@@ -215,6 +219,16 @@ def test_the_rules_and_the_packet_shown_are_real() -> None:
         assert printed(command) == output
 
 
+def test_one_service_in_each_mode_is_real() -> None:
+    shown = [f.text.removeprefix("$ ").split("\n", 1) for f in fences(MODES)
+             if f.text.startswith("$ kdns rules")]  # fmt: skip
+    assert [re.findall(r"--mode (\w+)", command) for command, _ in shown] == [
+        [], ["nftables"], ["ipvs"], ["userspace"],
+    ]  # fmt: skip
+    for command, output in shown:
+        assert printed(command) == output
+
+
 # --- lists ----------------------------------------------------------------------------------
 
 
@@ -297,6 +311,8 @@ def test_proxy_page_names_each_metric() -> None:
     from kdns.kernel.conntrack import FlowCleaner
     from kdns.kernel.healthcheck import NodeHttp
     from kdns.kernel.iptables import IptablesDataplane
+    from kdns.kernel.ipvs import IpvsDataplane
+    from kdns.kernel.nftables import Nft, NftablesDataplane
     from kdns.kernel.programs import Programs
     from kdns.kernel.sync import SyncLoop
     from kdns.proxy.config import ProxyConfig
@@ -307,6 +323,8 @@ def test_proxy_page_names_each_metric() -> None:
     agent = Agent(ProxyConfig(), ManifestSpec(("examples",)), "node1")
     programs = Programs(4, "nft", (1, 8, 9), "iptables")
     dataplane = IptablesDataplane(programs, Options(), agent.metrics)
+    NftablesDataplane(Nft((1, 0, 6), (6, 1)), Options(), agent.metrics)
+    IpvsDataplane(programs, Options(), metrics=agent.metrics)
     SyncLoop(dataplane, 4, agent.metrics)
     FlowCleaner(Options(), agent.metrics)
     NodeHttp(ProxyConfig(), agent.metrics, agent.health)
