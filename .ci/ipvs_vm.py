@@ -8,13 +8,14 @@ command runs with the programs and the checkout that are here, on another kernel
 
 Nothing is installed into /boot or /lib/modules; kernel and initramfs lie in a cache folder
 (KDNS_VM_CACHE, by default /var/cache/kdns-vm). The exit status is the command's; 77 where there
-can be no such machine (in CI, where CI=true, 1): what is missing is said.
+can be no such machine: what is missing is said.
 
     python3 .ci/ipvs_vm.py [COMMAND...]     default: pytest over tests/test_kernel_ipvs.py
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -43,7 +44,6 @@ BOOT_MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
 PARTS = ("arch/x86/crypto", "crypto", "lib", "drivers/net", "drivers/virtio", "fs/9p",
          "fs/fscache", "fs/netfs", "fs/overlayfs", "fs/nls", "net")  # fmt: skip
 MEMORY = "2048"  # MiB
-BOOT_TIMEOUT = 60.0
 TIMEOUT = float(os.environ.get("KDNS_VM_TIMEOUT", "900"))
 SKIPPED = 77
 SAYS = re.compile(r"^KDNS-VM (ready|exit (\d+))$")
@@ -53,7 +53,8 @@ TESTS = (
     ".venv/bin/python", "-m", "pytest", "-o", "addopts=", "-v", "-s", "--color=no",
     *(word for one in ("cacheprovider", "xdist", "anyio", "kdns", "hypothesispytest")
       for word in ("-p", f"no:{one}")),
-    "--timeout", "200", "--durations", "5", "-m", "not bench", "tests/test_kernel_ipvs.py",
+    "--timeout", "200", "-m", "not bench", "-k", "not kernel_without_ipvs",
+    "tests/test_kernel_ipvs.py",
 )  # fmt: skip
 
 INIT = """#!/bin/busybox sh
@@ -106,7 +107,8 @@ def main(argv: list[str]) -> int:
         initramfs = make_initramfs()
     except Missing as reason:
         print(f"ipvs vm: {reason}", file=sys.stderr)
-        return 1 if os.environ.get("CI") == "true" else SKIPPED
+        (CHECKOUT / ".ipvs-skipped").write_text(f"{reason}\n")  # for .ci/run: make says 2 only
+        return SKIPPED
     print(f"ipvs vm: {kernel.name} is at hand after {time.monotonic() - began:.1f} s", flush=True)
     return run(kernel, initramfs, argv or list(TESTS))
 
@@ -144,8 +146,13 @@ def find_kernel() -> Path:
 
 def kernel_package() -> str:
     """Return the name of the package that holds the newest kernel."""
-    said = output("apt-cache", "depends", KERNEL)
-    match = re.search(r"Depends: (linux-image-[0-9]\S*)", said)
+    wanted = re.compile(r"Depends: (linux-image-[0-9]\S*)")
+    match = None
+    with contextlib.suppress(Missing):  # it is not known
+        match = wanted.search(output("apt-cache", "depends", KERNEL))
+    if match is None and os.geteuid() == 0:
+        output("apt-get", "-qq", "update")
+        match = wanted.search(output("apt-cache", "depends", KERNEL))
     if match is None:
         raise Missing(f"apt knows no package {KERNEL}: run apt-get update")
     return match[1]

@@ -118,8 +118,10 @@ class Agent:
         self._config_file = config_file
         self._once = once
         self._way = Way({}, {})
-        self._cleaned: asyncio.Task[None] | None = None
+        self._looked: asyncio.Task[frozenset[Mode]] | None = None
+        self._noted: asyncio.Task[None] | None = None
         self._places: frozenset[str] = frozenset()
+        self._left: frozenset[Mode] = frozenset()  # other modes that left something
         self._local: tuple[LocalAddress, ...] = ()
         self._default: dict[Family, str] = {}  # the address of the default route
         self._snapshot = Snapshot()
@@ -178,6 +180,8 @@ class Agent:
         self._gauge_age(pipeline)
         self._gauge_policies()
         pipeline.subscribe(self._publish)
+        # While the registry is listed.
+        self._looked = group.create_task(self._look(), name="look")
         tasks = [
             group.create_task(self._follow(self._spec, pipeline, self.metrics)),
             group.create_task(self._watch_config()),
@@ -306,7 +310,7 @@ class Agent:
                 )
             return False
         assert self._group is not None
-        self._cleaned = self._group.create_task(self._clean_before(), name="clean")
+        self._noted = self._group.create_task(self._note_leftovers(), name="look")
         for family, make in self._way.makers.items():
             options = replace(
                 settings.options_of(self.config, family, node, self._local),
@@ -340,18 +344,28 @@ class Agent:
         return True
 
     async def _sync(self, loop: SyncLoop) -> None:
-        assert self._cleaned is not None
-        await asyncio.shield(self._cleaned)
+        assert self._noted is not None
+        await asyncio.shield(self._noted)
         await loop.run()
 
-    async def _clean_before(self) -> None:
-        if self._way.writes:
-            self._note(await modes.clean_before(self.config.mode, families_here()))
+    async def _look(self) -> frozenset[Mode]:
+        """Return the modes that left something here in an earlier run."""
+        if not self._way.writes:
+            return frozenset()
+        return await modes.find_leftovers(self.config.mode, families_here())
+
+    async def _note_leftovers(self) -> None:
+        """Know of it before our own rules are beside it. It stays until they are: nobody meets
+        a gap."""
+        assert self._looked is not None
+        self._left = await self._looked
 
     async def _clean_after(self) -> None:
-        """Remove what an earlier run in another mode left, now that our rules are there."""
-        if self._way.writes:
-            self._note(await modes.clean_after(self.config.mode, families_here()))
+        """Remove the rest of it, now that our rules are there."""
+        if self._left:
+            log.info("removing what another mode left: %s", ", ".join(sorted(self._left)))
+            mode = self.config.mode
+            self._note(await modes.clean_after(mode, self._left, families_here()))
         self._leave_if_once()
 
     def _note(self, failures: Sequence[str]) -> None:

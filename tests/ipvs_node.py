@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import os
 import threading
 from collections.abc import Collection, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import pytest
-from netcluster import NetCluster
+from netcluster import IN_MACHINE, NetCluster
 
 from kdns.errors import ApplyError
 from kdns.kernel.ipvs import IpvsDataplane, clean_up, find_ipvs
@@ -27,8 +26,6 @@ from kdns.registry.objects import Key
 
 T = TypeVar("T")
 PATIENCE = 120.0
-# Set inside of the virtual machine, where nothing may be missing.
-IN_MACHINE = os.environ.get("KDNS_VM") == "1"
 
 
 class IpvsNode:

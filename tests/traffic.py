@@ -13,7 +13,17 @@ from typing import Any, TypeAlias
 
 import pytest
 from forwarding import endpoint, exposed, slice_of
-from netcluster import NODE_ADDRESS, PODS, NetCluster, Reply, Unavailable, lan, pod
+from netcluster import (
+    IN_MACHINE,
+    NODE_ADDRESS,
+    PODS,
+    NetCluster,
+    Reply,
+    Unavailable,
+    enough,
+    lan,
+    pod,
+)
 
 from kdns.proxy.options import Family
 from kdns.registry.objects import EndpointSlice, Service
@@ -111,6 +121,20 @@ class Traits:
                       it once it has accepted it
     flows_follow   -- a UDP flow leaves an endpoint that is gone by itself: no kernel remembers
                       where it went
+    flows_linger   -- until it is told, a UDP flow goes on at an endpoint that is gone; else the
+                      next datagram is lost
+    in_turn        -- endpoints are taken in turn, not by chance
+    local_for_all  -- external policy Local gives Pods and the node itself the endpoints here as
+                      well: a virtual server has the same ones whoever asks
+    none_inside    -- what becomes of a client where internal policy Local finds none here: a
+                      virtual server without endpoints has one answer
+    ranges_bind_node -- so they do where they are asked before a packet is forwarded; on what
+                      the node itself sends IPVS is first
+    shared_memory  -- affinity is the Service port's; else each frontend has its own
+    memory_ends    -- with its time-out; else only once the kernel has forgotten each of the
+                      client's connections too, and it looks once a minute
+    outlives_service -- connections go on when their Service is deleted; else its address leaves
+                      the node, and with it all that comes to it
     """
 
     unknown_port: Fate = PASSED
@@ -122,6 +146,18 @@ class Traits:
     carries_sctp: bool = True
     out_of_ranges: Fate = DROPPED
     flows_follow: bool = False
+    flows_linger: bool = True
+    in_turn: bool = False
+    local_for_all: bool = False
+    none_inside: Fate = DROPPED
+    ranges_bind_node: bool = True
+    shared_memory: bool = True
+    memory_ends: bool = True
+    outlives_service: bool = True
+
+    def enough(self, endpoints: int) -> int:
+        """Return how many connections hit each of so many endpoints."""
+        return 2 * endpoints if self.in_turn else enough(endpoints)
 
     @property
     def node_beside(self) -> Fate:
@@ -147,7 +183,27 @@ TRAITS: Mapping[str, Traits] = {
         out_of_ranges="ECONNRESET",
         flows_follow=True,
     ),
+    "ipvs": Traits(
+        unknown_port=REFUSED,
+        refuses_node=True,
+        on_localhost=False,
+        guards_localhost=False,
+        flows_linger=False,
+        in_turn=True,
+        local_for_all=True,
+        none_inside=REFUSED,
+        ranges_bind_node=False,
+        shared_memory=False,
+        memory_ends=False,
+        outlives_service=False,
+    ),
 }
+
+
+def is_tested_here(mode: str) -> bool:
+    """Mode ipvs, which few kernels have, is tested in the virtual machine of `make test-ipvs`
+    and only there; as emulated as that is, nothing else is."""
+    return (mode == "ipvs") == IN_MACHINE
 
 
 # --- Objects ----------------------------------------------------------------------------------

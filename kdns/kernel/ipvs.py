@@ -22,14 +22,22 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from kdns.errors import ApplyError
 from kdns.kernel import ipvs_netlink, sysctl
 from kdns.kernel.ipset import HeldSet, Ipset, find_ipset, plan_sets
-from kdns.kernel.iptables import FAMILY_LABEL, find_differences, target_of, tokens
+from kdns.kernel.iptables import (
+    FAMILY_LABEL,
+    Held,
+    find_differences,
+    parse_held,
+    render_cleanup,
+    target_of,
+    tokens,
+)
 from kdns.kernel.ipvs_netlink import (
     DEL_DEST,
     DEL_SERVICE,
@@ -51,6 +59,8 @@ from kdns.kernel.ipvs_netlink import (
 from kdns.kernel.netlink import NetlinkError
 from kdns.kernel.programs import Programs, find_variants, which
 from kdns.metrics import Cell, Metrics
+from kdns.proxy import iptables
+from kdns.proxy.iptables import SERVICE_CHAINS, RuleSet
 from kdns.proxy.ipvs import (
     INTERFACE,
     JUMPS,
@@ -166,8 +176,16 @@ class IpvsDataplane:
             for name in SETS
             if (one := held.get(set_name(name, self.family))) is not None and not plan.notes
         }
-        await self._write_chains()
-        await asyncio.to_thread(self._write_all_servers, index, bound)
+        chains = await self._look_at_chains()
+        if chains is not None and _is_led_by_rules(chains):
+            # Those of the mode iptables send packets on before IPVS sees any: until it is ready
+            # they stay, and nobody meets a gap.
+            await asyncio.to_thread(self._write_all_servers, index, bound)
+            await self._write_chains(chains)
+        else:
+            # A VIP without them would lead to whatever listens on this node.
+            await self._write_chains(chains)
+            await asyncio.to_thread(self._write_all_servers, index, bound)
         await self._ipset.restore("".join(plan.after))
 
     def _look(self) -> tuple[Host, int, set[str]]:
@@ -193,7 +211,7 @@ class IpvsDataplane:
             if any(seconds):
                 _check(ipvs.tell_all([(SET_CONFIG, timeouts(*seconds))]), ["set IPVS's time-outs"])
         for name, value in settings_wanted(self.settings.strict_arp, platform.release()):
-            sysctl._put(self._root, f"proc/sys/net/ipv4/{name}", value)
+            sysctl.put(self._root, f"proc/sys/net/ipv4/{name}", value)
 
     async def _write_partial(self, table: ForwardingTable, changed: Collection[Key]) -> bool:
         """Write what changed; False, and nothing is written, if that is better done in full."""
@@ -326,12 +344,17 @@ class IpvsDataplane:
                 del self.draining[one]
         self._tally.draining.set(len(self.draining))
 
-    async def _write_chains(self) -> None:
+    async def _look_at_chains(self) -> _HeldChains | None:
+        """Return what the kernel has; None if that is what it shall have."""
         with await self.programs.save() as lines:
             if not await asyncio.to_thread(self._chain_differences, lines):
-                return
+                return None
             lines.seek(0)
-            held = await asyncio.to_thread(_parse_chains, lines)
+            return await asyncio.to_thread(_parse_chains, lines)
+
+    async def _write_chains(self, held: _HeldChains | None) -> None:
+        if held is None:
+            return
         await self.programs.restore(chains_text(self._chains, held))
         if self._exact:
             with await self.programs.save() as lines:
@@ -509,6 +532,11 @@ def _parse_chains(lines: Iterable[bytes]) -> _HeldChains:
     return held
 
 
+def _is_led_by_rules(held: _HeldChains) -> bool:
+    """Say whether the mode iptables is at work."""
+    return any(chain.startswith(SERVICE_CHAINS) for chain in held.chains.get("nat", ()))
+
+
 def chains_text(wanted: Mapping[str, Mapping[str, tuple[str, ...]]], held: _HeldChains) -> str:
     """Return the restore text of all our chains, and of the jumps that are missing."""
     there = {(table, chain, tokens(rule)) for table, chain, rule in held.leading}
@@ -533,30 +561,47 @@ def cleanup_text(held: _HeldChains, options: Options, shared: bool) -> str:
     A chain that a rule of somebody else leads to is emptied, and stays.
     """
     lines: list[str] = []
-    known = {
-        (table, chain, tokens(rule))
-        for table, chains in JUMPS.items()
-        for chain, rules in chains.items()
-        for rule in rules
-    }
+    known = _known(JUMPS)
+    if not shared:
+        known -= _known(iptables.jumps(options))
     for table, chains in constant_chains(options).items():
         ours = {one for one in chains if shared or one not in SHARED_CHAINS}
         ours &= held.chains.get(table, set())
         drop, stay = [], set()
         for where, chain, rule in held.leading:
             target = target_of(rule)
-            if where != table or target not in ours or chain in ours:
+            if where != table or chain in ours:
                 continue
             if (table, chain, tokens(rule)) in known:
                 drop.append(f"-D {chain} {rule}")
-            else:
+            elif target in ours:
                 stay.add(target)
                 log.warning("clean-up: %s %s stays, empty: a rule of somebody else in %s leads"
                             " to it", table, target, chain)  # fmt: skip
-        if ours:
+        if ours or drop:
             lines += [f"*{table}", *(f":{one} - [0:0]" for one in sorted(ours)), *drop]
             lines += [*(f"-X {one}" for one in sorted(ours - stay)), "COMMIT"]
     return "".join(f"{line}\n" for line in lines)
+
+
+def takeover_texts(held: Held, options: Options) -> list[str]:
+    """Return the restore texts that remove what the mode iptables has beside this one."""
+    ours, texts = constant_chains(options), []
+    known = _known(iptables.jumps(options)) - _known(JUMPS)
+    for table, chain, rule in held.leading:
+        if (table, chain, tokens(rule)) in known and target_of(rule) in ours.get(table, ()):
+            texts.append(f"*{table}\n-D {chain} {rule}\nCOMMIT\n")
+    theirs = {table: names - ours.get(table, {}).keys() for table, names in held.chains.items()}
+    return texts + render_cleanup(iptables.jumps(options), replace(held, chains=theirs))
+
+
+def _known(jumps: RuleSet) -> set[tuple[str, str, tuple[str, ...]]]:
+    return {
+        (table, chain, tokens(rule))
+        for table, chains in jumps.items()
+        for chain, rules in chains.items()
+        for rule in rules
+    }
 
 
 # --- cleaning up ------------------------------------------------------------------------------
@@ -581,6 +626,43 @@ async def clean_up(
                 failure = failure or e
     if failure is not None:
         raise failure
+
+
+async def clean_up_iptables(
+    families: Collection[Family] = (4, 6), prefix: Sequence[str] = ()
+) -> None:
+    """Remove what the mode iptables left, also a kube-proxy's. Where our own rules are by now,
+    the chains that this mode has under the same name stay.
+
+    Goes on after a failure, and raises the first at the end.
+    """
+    failure: ApplyError | None = None
+    for family in families:
+        options = Options(family=family)
+        for programs in (await find_variants(family, tuple(prefix))).values():
+            try:
+                for text in await _iptables_texts(programs, options):
+                    await programs.restore(text)
+            except ApplyError as e:
+                log.error("clean-up: %s", e)
+                failure = failure or e
+    if failure is not None:
+        raise failure
+
+
+async def _iptables_texts(programs: Programs, options: Options) -> list[str]:
+    try:
+        lines = await programs.save()
+    except ApplyError as e:  # no such tables in this kernel
+        log.info("clean-up: %s", e)
+        return []
+    with lines:
+        held = await asyncio.to_thread(parse_held, lines)
+        lines.seek(0)
+        chains = await asyncio.to_thread(_parse_chains, lines)
+    if "KUBE-IPVS-FILTER" in chains.chains.get("filter", ()):
+        return takeover_texts(held, options)
+    return render_cleanup(iptables.jumps(options), held)
 
 
 async def clean_up_family(programs: Programs, options: Options, shared: bool = True) -> None:

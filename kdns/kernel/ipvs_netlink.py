@@ -1,6 +1,6 @@
 """What IPVS and the interface kube-ipvs0 are told, in the kernel's own words (netlink).
 
-Carries orders and reads what there is; what to order is ipvs.py's. Written for these twelve
+Carries orders and reads what there is; what to order is ipvs.py's. Written for these few
 messages instead of a dependency on pyroute2: hundreds of orders go in one system call, where
 pyroute2 waits for the answer to each, and a start that does not use this mode pays nothing.
 Virtual servers are read from /proc/net/ip_vs, all at once: netlink lists the real servers of
@@ -45,9 +45,9 @@ GENL_ID_CTRL, CTRL_CMD_GETFAMILY = 16, 3
 CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 1, 2
 NLM_F_EXCL, NLM_F_CREATE = 0x200, 0x400
 # linux/ip_vs.h
-NEW_SERVICE, SET_SERVICE, DEL_SERVICE, NEW_DEST, SET_DEST, DEL_DEST, SET_CONFIG = (
-    1, 2, 3, 5, 6, 7, 11,
-)  # fmt: skip
+NEW_SERVICE, SET_SERVICE, DEL_SERVICE = 1, 2, 3
+NEW_DEST, SET_DEST, DEL_DEST = 5, 6, 7
+SET_CONFIG = 12
 CMD_SERVICE, CMD_DEST, CMD_TIMEOUT_TCP, CMD_TIMEOUT_FIN, CMD_TIMEOUT_UDP = 1, 2, 4, 5, 6
 SVC_AF, SVC_PROTOCOL, SVC_ADDR, SVC_PORT = 1, 2, 3, 4
 SVC_SCHEDULER, SVC_FLAGS, SVC_TIMEOUT, SVC_NETMASK = 6, 7, 8, 9

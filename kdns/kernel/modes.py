@@ -6,13 +6,16 @@ writes is its own module's, imported when it is used; what is forwarded is proxy
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final, TypeAlias
 
 from kdns.errors import ApplyError
-from kdns.kernel.programs import Programs, find_programs, leave_out_families
+from kdns.kernel.programs import Programs, find_programs, find_variants, leave_out_families
 from kdns.kernel.sync import Dataplane
 from kdns.metrics import Metrics
 from kdns.proxy.config import Mode, ProxyConfig
@@ -203,6 +206,13 @@ async def _clean_iptables(families: Collection[Family]) -> None:
     await cleanup_all(families)
 
 
+async def _clean_iptables_alone(families: Collection[Family]) -> None:
+    """Leave the chains that the ipvs mode has under the same names."""
+    from kdns.kernel.ipvs import clean_up_iptables
+
+    await clean_up_iptables(families)
+
+
 async def _clean_ipvs(families: Collection[Family]) -> None:
     from kdns.kernel.ipvs import clean_up
 
@@ -237,23 +247,54 @@ CLEANERS: Final[Mapping[Mode, Cleaner]] = {
 }
 
 
-async def clean_before(mode: Mode, families: Collection[Family]) -> list[str]:
-    """Remove what would be in the way of `mode`; return what could not be.
+# What only one mode's rules have, in what iptables-save prints.
+SIGNS: Final[Mapping[bytes, Mode]] = {
+    b":KUBE-SVC-": "iptables",
+    b":KUBE-NODEPORTS ": "iptables",
+    b":KUBE-PORTALS-": "userspace",
+    b":KUBE-LOAD-BALANCER ": "ipvs",
+}
+IPVS_INTERFACE: Final = Path("/sys/class/net/kube-ipvs0")
 
-    The ipvs mode has chains of the iptables mode's names. Connections that are established go
-    on: the kernel remembers where they were sent.
-    """
-    return await _clean({"iptables": _clean_iptables} if mode == "ipvs" else {}, families)
+
+async def find_leftovers(mode: Mode, families: Collection[Family]) -> frozenset[Mode]:
+    """Return the other modes that left something on this node. What cannot be read is taken for
+    empty."""
+    from kdns.kernel.nftables import find_leftovers as find_tables
+
+    found: set[Mode] = set()
+    with suppress(ApplyError):
+        if await find_tables(families):
+            found.add("nftables")
+    if IPVS_INTERFACE.exists():
+        found.add("ipvs")
+    for family in families:
+        for programs in (await find_variants(family)).values():
+            with suppress(ApplyError), await programs.save() as lines:
+                found |= await asyncio.to_thread(_signs_in, lines)
+    return frozenset(found - {mode})
 
 
-async def clean_after(mode: Mode, families: Collection[Family]) -> list[str]:
-    """Remove what all other modes left, now that `mode` has its rules in place: no connection
-    meets a gap. Return what could not be."""
-    others = {name: clean for name, clean in CLEANERS.items() if name != mode}
-    if mode == "iptables":
+def _signs_in(lines: BinaryIO) -> set[Mode]:
+    return {
+        mode
+        for line in lines
+        if line.startswith(b":KUBE-")
+        for sign, mode in SIGNS.items()
+        if line.startswith(sign)
+    }
+
+
+async def clean_after(
+    mode: Mode, left: Collection[Mode], families: Collection[Family]
+) -> list[str]:
+    """Remove what other modes left, now that `mode` has its rules in place: no connection meets
+    a gap. Return what could not be."""
+    others = {name: clean for name, clean in CLEANERS.items() if name in left}
+    if mode == "iptables" and "ipvs" in others:
         others["ipvs"] = _clean_ipvs_alone
-    elif mode == "ipvs":
-        del others["iptables"]
+    elif mode == "ipvs" and "iptables" in others:
+        others["iptables"] = _clean_iptables_alone
     return await _clean(others, families)
 
 

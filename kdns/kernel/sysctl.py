@@ -89,9 +89,9 @@ def apply_conntrack(
     done = []
     flows = flows_wanted(settings, cores or len(os.sched_getaffinity(0)))
     if flows:
-        done.append(_put(root, FLOWS, flows))
+        done.append(put(root, FLOWS, flows))
         # Otherwise long chains of flows share a bucket and each packet walks one.
-        done.append(_put(root, BUCKETS, flows // FLOWS_PER_BUCKET, at_least=True))
+        done.append(put(root, BUCKETS, flows // FLOWS_PER_BUCKET, at_least=True))
     for name, seconds in (
         ("nf_conntrack_tcp_timeout_established", settings.tcp_established),
         ("nf_conntrack_tcp_timeout_close_wait", settings.tcp_close_wait),
@@ -99,9 +99,9 @@ def apply_conntrack(
         ("nf_conntrack_udp_timeout_stream", settings.udp_stream),
     ):
         if seconds > 0:
-            done.append(_put(root, f"{CONNTRACK}/{name}", seconds))
+            done.append(put(root, f"{CONNTRACK}/{name}", seconds))
     if settings.tcp_be_liberal:
-        done.append(_put(root, TCP_BE_LIBERAL, 1))
+        done.append(put(root, TCP_BE_LIBERAL, 1))
     return done
 
 
@@ -110,13 +110,13 @@ def apply_route_localnet(root: Path = Path("/")) -> Outcome:
 
     Whoever turns this on guards against such packets from outside (CVE-2020-8558).
     """
-    return _put(root, ROUTE_LOCALNET, 1)
+    return put(root, ROUTE_LOCALNET, 1)
 
 
 def apply_tw_reuse(root: Path = Path("/")) -> Outcome:
     """Let a port of a connection that has just ended be taken again: who relays connections
     has them all, and would run out of them at 500 new ones a second to one endpoint."""
-    return _put(root, TW_REUSE, 1)
+    return put(root, TW_REUSE, 1)
 
 
 def is_tcp_liberal(root: Path = Path("/")) -> bool:
@@ -127,7 +127,7 @@ def is_tcp_liberal(root: Path = Path("/")) -> bool:
         return False
 
 
-def _put(root: Path, name: str, wanted: int, at_least: bool = False) -> Outcome:
+def put(root: Path, name: str, wanted: int, at_least: bool = False) -> Outcome:
     """Write one setting if it differs; at_least: if it is smaller. Tell what was done."""
     outcome = _change(root / name, wanted, at_least)
     if outcome.state == "refused":

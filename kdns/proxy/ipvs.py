@@ -584,7 +584,7 @@ def render_servers(rules: IpvsRules, owners: Mapping[At, str] | None = None) -> 
         persistence = f" -p {virtual.persistence}" if virtual.persistence else ""
         if persistence and rules.options.family == 6:
             persistence += " -M 128"
-        flags = " -b flag-2" if virtual.flags & SOURCE_PORT else ""
+        flags = " -b mh-port" if virtual.flags & SOURCE_PORT else ""
         lines.append(f"-A {place} -s {virtual.scheduler}{persistence}{flags}\n")
         lines += [f"-a {place} -r {real} -m -w 1\n" for real in virtual.reals]
     return "".join(lines)
