@@ -6,6 +6,7 @@ WRITE_DOCS=1 writes it anew.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,19 @@ async def supported(api: Api, resource: Resource) -> list[str]:
     await api.create(sample(resource, "y"), path)
     row.append(await works("DELETE", f"{path}?fieldSelector=metadata.name%3Dy"))
     return row
+
+
+def test_the_page_names_each_member_of_a_cluster() -> None:
+    import inspect
+
+    from kdns.cluster import Cluster
+
+    text = DOCUMENT.read_text().split("## From Python")[1].split("\n## ")[0]
+    members = {name for name in vars(Cluster) if not name.startswith("_")} - {"start", "stop"}
+    options = set(inspect.signature(Cluster).parameters)
+    named = set(re.findall(r"`([a-z_]+)[(`]", text))
+    assert members - named == set()
+    assert options - named == {"guest", "node_addresses"}  # for kdns up
 
 
 @pytest.mark.asyncio
