@@ -291,7 +291,7 @@ PROC = """\
 IP Virtual Server version 1.2.1 (size=4096)
 Prot LocalAddress:Port Scheduler Flags
   -> RemoteAddress:Port Forward Weight ActiveConn InActConn
-TCP  0A600050:0050 rr persistent 10800 FFFFFFFF
+TCP  0A600050:0050 rr persistent 2700000 FFFFFFFF
   -> 0AF4020A:1F90      Masq    1      2          1
   -> 0AF4010A:1F90      Masq    0      0          0
 FWM  00000001 wlc
@@ -304,7 +304,7 @@ UDP  [fd00:0010:0096:0000:0000:0000:0000:0080]:0035 mh ops
 def test_virtual_servers_are_read() -> None:
     found = {
         str(at): (one.scheduler, one.persistence, {str(r): (*s,) for r, s in one.reals.items()})
-        for at, one in parse_table(PROC).items()
+        for at, one in parse_table(PROC, 250).items()
     }
     assert found == {
         "10.96.0.80:80/tcp": (

@@ -74,12 +74,12 @@ def fate_of(replies: list[Reply]) -> Fate:
     outcomes = {reply.outcome for reply in replies}
     if outcomes != {"answered"}:
         return " or ".join(sorted(VERDICTS.get(outcome, outcome) for outcome in outcomes))
-    found: dict[str, bool] = {}
+    found: dict[str, list[bool]] = {}
     for reply in replies:
-        # Where the node asks another node only the port tells, and it is random: by chance it
-        # may be the client's own.
-        found[reply.at] = found.get(reply.at, False) or reply.masqueraded
-    return Served(found)
+        found.setdefault(reply.at, []).append(reply.masqueraded)
+    # Where the node asks another node only the port tells: a masqueraded one is random and by
+    # chance the client's own, one that is not is another where an earlier flow has it still.
+    return Served({at: 2 * sum(masked) > len(masked) for at, masked in found.items()})
 
 
 @contextmanager
@@ -121,8 +121,8 @@ class Traits:
                       it once it has accepted it
     flows_follow   -- a UDP flow leaves an endpoint that is gone by itself: no kernel remembers
                       where it went
-    flows_linger   -- until it is told, a UDP flow goes on at an endpoint that is gone; else the
-                      next datagram is lost
+    flows_linger   -- until the kernel is told, a UDP flow goes on at an endpoint that is gone;
+                      else it may know by itself, as IPVS does from Linux 5.9 on
     in_turn        -- endpoints are taken in turn, not by chance
     local_for_all  -- external policy Local gives Pods and the node itself the endpoints here as
                       well: a virtual server has the same ones whoever asks

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,6 +40,7 @@ from kdns.kernel.netlink import (
 from kdns.proxy.ipvs import INTERFACE, PERSISTENT, SOURCE_PORT, At, Real, Virtual
 from kdns.proxy.options import Family, Protocol
 
+CLOCK_MONOTONIC_COARSE = 6  # linux/time.h
 # linux/genetlink.h, linux/netlink.h
 NETLINK_GENERIC = 16
 GENL_ID_CTRL, CTRL_CMD_GETFAMILY = 16, 3
@@ -72,6 +74,7 @@ _OURS = PERSISTENT | SOURCE_PORT  # the bits of a virtual server's flags that ar
 BATCH = 100
 # Every reader of /proc/net would see the namespace of the process; this thread may be elsewhere.
 TABLE = Path("/proc/thread-self/net/ip_vs")
+READINGS = 6  # of it, at most
 
 _U16, _U32, _BE16 = struct.Struct("=H"), struct.Struct("=I"), struct.Struct(">H")
 _I32 = struct.Struct("=i")
@@ -248,20 +251,41 @@ class HeldVirtual:
 
 
 def held_servers(family: Family) -> dict[At, HeldVirtual]:
-    """Return what IPVS holds. Raises ApplyError where there is no IPVS."""
+    """Return what IPVS holds. Raises ApplyError where there is no IPVS.
+
+    The kernel prints a page at a time, and goes on at the line it had come to: what comes and
+    goes meanwhile, in whichever namespace, makes it leave some out. So two readings must agree.
+    """
+    held = _read_servers()
+    for _ in range(READINGS - 1):
+        before, held = held, _read_servers()
+        if before.keys() == held.keys() and all(
+            one.reals.keys() == held[at].reals.keys() for at, one in before.items()
+        ):
+            break
+    return {at: one for at, one in held.items() if (":" in at.address) == (family == 6)}
+
+
+def _read_servers() -> dict[At, HeldVirtual]:
     try:
         text = TABLE.read_text("ascii")
     except OSError as error:
         raise ApplyError(
             "ipvs", f"cannot read {TABLE}: {error.strerror}; it takes the kernel module ip_vs"
         ) from None
-    return {
-        at: one for at, one in parse_table(text).items() if (":" in at.address) == (family == 6)
-    }
+    return parse_table(text, ticks_per_second())
 
 
-def parse_table(text: str) -> dict[At, HeldVirtual]:
-    """Read /proc/net/ip_vs, but for what is known by a packet's mark instead of an address."""
+def ticks_per_second() -> int:
+    """Return the kernel's HZ: its coarse clock goes by ticks."""
+    return round(1 / time.clock_getres(CLOCK_MONOTONIC_COARSE))
+
+
+def parse_table(text: str, hz: int) -> dict[At, HeldVirtual]:
+    """Read /proc/net/ip_vs, but for what is known by a packet's mark instead of an address.
+
+    hz -- ticks in a second: time-outs are printed in these
+    """
     found: dict[At, HeldVirtual] = {}
     virtual: HeldVirtual | None = None
     for line in text.splitlines()[3:]:
@@ -277,8 +301,8 @@ def parse_table(text: str) -> dict[At, HeldVirtual]:
         protocol = _PROTOCOLS.get(words[0])
         if protocol is not None:
             at = At(protocol, *_read_place(words[1]))
-            persistence = int(words[words.index("persistent") + 1]) if "persistent" in words else 0
-            virtual = found[at] = HeldVirtual(words[2], persistence, {})
+            ticks = int(words[words.index("persistent") + 1]) if "persistent" in words else 0
+            virtual = found[at] = HeldVirtual(words[2], ticks // hz, {})
     return found
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final, TypeAlias
 
 from kdns.errors import ApplyError
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 # kube-proxy's, for distributions that brought what is needed to an older kernel.
 ANY_KERNEL: Final = "KUBE_PROXY_NFTABLES_SKIP_KERNEL_VERSION_CHECK"
+
+# As kube-proxy says of it since 1.35.
+DEPRECATED: Final = "the ipvs mode is deprecated in Kubernetes: the nftables mode does as well"
 
 # Makes one family's dataplane.
 Maker: TypeAlias = Callable[[Options, Metrics], Dataplane]
@@ -192,7 +195,7 @@ async def _ipvs(config: ProxyConfig, families: Collection[Family]) -> Way:
             for family, one in found.programs.items()
         },
         {family: maker(programs) for family, programs in found.programs.items()},
-        found.warnings,
+        (*found.warnings, DEPRECATED),
         frozenset(family for family, one in found.programs.items() if one.random_fully),
     )
 
@@ -254,7 +257,7 @@ SIGNS: Final[Mapping[bytes, Mode]] = {
     b":KUBE-PORTALS-": "userspace",
     b":KUBE-LOAD-BALANCER ": "ipvs",
 }
-IPVS_INTERFACE: Final = Path("/sys/class/net/kube-ipvs0")
+IPVS_INTERFACE: Final = "kube-ipvs0"
 
 
 async def find_leftovers(mode: Mode, families: Collection[Family]) -> frozenset[Mode]:
@@ -266,7 +269,8 @@ async def find_leftovers(mode: Mode, families: Collection[Family]) -> frozenset[
     with suppress(ApplyError):
         if await find_tables(families):
             found.add("nftables")
-    if IPVS_INTERFACE.exists():
+    with suppress(OSError):
+        socket.if_nametoindex(IPVS_INTERFACE)
         found.add("ipvs")
     for family in families:
         for programs in (await find_variants(family)).values():

@@ -7,6 +7,7 @@ of iptables rules by looking into ipsets. Bringing the kernel there is kernel/ip
 Where IPVS cannot follow the decision: a virtual server has the same endpoints for whoever asks,
 so with external policy Local this node and its Pods get the local ones too; with internal
 policy Local and none of them here, a client is refused at once and not left without an answer.
+Each virtual server remembers its own clients, so affinity is not shared by a port's frontends.
 """
 
 from __future__ import annotations
