@@ -230,7 +230,12 @@ def cluster() -> Iterator[NetCluster]:
         yield made
 
 
-@pytest.fixture(params=[*filter(is_tested_here, TRAITS)])
+# Modes that leave packets to the kernel. What one that relays itself does differs in each of
+# these scenarios; its own are in test_kernel_traffic.py and test_kernel_userspace.py.
+MODES = [mode for mode in TRAITS if is_tested_here(mode) and TRAITS[mode].keeps_source]
+
+
+@pytest.fixture(params=MODES)
 def site(cluster: NetCluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
     try:
         cluster.run("node", "nft", "flush", "ruleset")
