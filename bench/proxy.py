@@ -495,8 +495,9 @@ def missing() -> str:
     return ""
 
 
-def measure(quick: bool, rounds: int = 3) -> Figures:
-    """Run everything; a few minutes, of which kube-proxy at 10,000 Services is the most."""
+def measure(quick: bool, rounds: int = 3, only: str = "") -> Figures:
+    """Run everything, or (only) one variant; minutes, of which kube-proxy at 10,000 Services is
+    the most."""
     figures = Figures(
         when=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         versions={name: version_of(command) for name, command in programs().items()},
@@ -505,8 +506,9 @@ def measure(quick: bool, rounds: int = 3) -> Figures:
     with tempfile.TemporaryDirectory() as name, stopped_by_signals():
         folder = Path(name)
         for plan in plans(quick, rounds):
-            measure_plan(plan, folder, figures)
-        measure_all_changes(quick, folder, figures)
+            if only in ("", plan.variant):
+                measure_plan(plan, folder, figures)
+        measure_all_changes(quick, folder, figures, only)
     return figures
 
 
@@ -559,7 +561,7 @@ def measure_plan(plan: Plan, folder: Path, figures: Figures) -> None:
           f" (peak {result.peak:4.0f}), connect {result.connect:5.0f} us", flush=True)  # fmt: skip
 
 
-def measure_all_changes(quick: bool, folder: Path, figures: Figures) -> None:
+def measure_all_changes(quick: bool, folder: Path, figures: Figures, only: str) -> None:
     # kube-proxy waits a second between syncs unless told otherwise.
     settings = {"kdns": (None,), "kube-proxy": (None, "0s")}
     for what, size in (
@@ -567,7 +569,7 @@ def measure_all_changes(quick: bool, folder: Path, figures: Figures) -> None:
         (NFTABLES, SIZES[0 if quick else 2]),
     ):
         variant = variant_folder(folder, what)
-        if variant is None:
+        if variant is None or only not in ("", what):
             continue
         for program, command in programs().items():
             for min_sync in settings[program] if what != NFTABLES else (None,):
@@ -632,10 +634,10 @@ def render_figure(runs: list[Sync], peer: list[Sync], name: str, digits: int) ->
     return text if runs is peer or not peer else f"{text}, {ratio(mine, column(peer, name))}"
 
 
-def section(figures: Figures) -> list[str]:
+def section(figures: Figures, title: str = "forwarding") -> list[str]:
     """Return the lines for RESULTS.md."""
     lines = [
-        "# Measured: forwarding",
+        f"# Measured: {title}",
         "",
         f"{figures.when} on {figures.machine}. Command: {figures.command}."
         " Each program alone in a fresh network namespace, over the same API replay server,"

@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))  # a script's own folder is there, not the one abo
 
 from bench import api, proxy, userspace  # noqa: E402
 
+PARTS = ("names", "forwarding", "nftables", "userspace", "api")
 SERVER_CORE, LOAD_CORE = "0", "1"
 OFFERED = 20000  # queries a second at which the CPU a query is read
 CLIENTS, OUTSTANDING = 8, 400
@@ -256,15 +257,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5, help="length of one dnsperf run")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--services", type=int, default=1000)
-    parser.add_argument(
-        "--only", choices=("names", "forwarding", "userspace", "api"), help="run one part"
-    )
+    parser.add_argument("--only", choices=PARTS, help="run one part")
     parser.add_argument("--quick", action="store_true", help="forwarding: one round, no 10,000")
     args = parser.parse_args()
     if args.only in (None, "names"):
         run_names(args)
     if args.only in (None, "forwarding"):
         run_forwarding(args)
+    if args.only == "nftables":  # of the forwarding part what is in that mode
+        run_forwarding(args, "nftables")
     if args.only in (None, "userspace"):
         run_userspace()
     if args.only in (None, "api"):
@@ -287,14 +288,15 @@ def run_api() -> None:
     write_part(api.section(figures), api.values(figures))
 
 
-def run_forwarding(args: argparse.Namespace) -> None:
+def run_forwarding(args: argparse.Namespace, only: str = "") -> None:
     why_not = proxy.missing()
     if why_not:
         print(f"bench: the forwarding part is left out: it {why_not}", flush=True)
         return
-    figures = proxy.measure(args.quick)
+    figures = proxy.measure(args.quick, only=only)
     figures.machine, figures.command = machine(), command_line()
-    write_part(proxy.section(figures), {"forwarding": asdict(figures)})
+    title = f"forwarding, {only} mode" if only else "forwarding"
+    write_part(proxy.section(figures, title), {only or "forwarding": asdict(figures)})
 
 
 def run_names(args: argparse.Namespace) -> None:
