@@ -109,12 +109,13 @@ def main(argv: list[str]) -> int:
         check_programs()
         kernel = find_kernel()
         initramfs = make_initramfs()
+        at_hand = time.monotonic() - began
+        print(f"ipvs vm: {kernel.name} is at hand after {at_hand:.1f} s", flush=True)
+        return run(kernel, initramfs, argv or list(TESTS))
     except Missing as reason:
         print(f"ipvs vm: {reason}", file=sys.stderr)
         (CHECKOUT / ".ipvs-skipped").write_text(f"{reason}\n")  # for .ci/run: make says 2 only
         return SKIPPED
-    print(f"ipvs vm: {kernel.name} is at hand after {time.monotonic() - began:.1f} s", flush=True)
-    return run(kernel, initramfs, argv or list(TESTS))
 
 
 def check_programs() -> None:
@@ -261,6 +262,7 @@ def run(kernel: Path, initramfs: Path, command: list[str]) -> int:
     if status is None:
         if not ready:
             print("\n".join(said[-40:]), file=sys.stderr)
+            raise Missing(f"the machine did not come up ({machine.returncode})")
         why = "took too long" if machine.returncode == 124 else "ended without a result"
         print(f"ipvs vm: the machine {why} ({machine.returncode})", file=sys.stderr)
         return 1
