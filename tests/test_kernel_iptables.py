@@ -575,7 +575,7 @@ def test_a_service_with_a_rule_that_iptables_refuses_keeps_no_other_from_working
 def test_what_no_single_service_is_to_blame_for_fails_as_before(
     node: Node, variant: Variant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdns.kernel.iptables.MOST_REFUSED", 1)
+    monkeypatch.setattr("kdns.kernel.refusals.MOST_REFUSED", 1)
     dataplane = dataplane_of(node, variant)
     # No masquerading at all: every Service asks for what there is not.
     monkeypatch.setattr("kdns.proxy.iptables_rules._comment", lambda text: f"-m nosuch {text[:0]}")

@@ -27,6 +27,7 @@ from typing import BinaryIO, Protocol
 from kdns.errors import ApplyError
 from kdns.kernel.generation import nft_generation
 from kdns.kernel.programs import Programs, find_variants
+from kdns.kernel.refusals import Refusals, tell_changed
 from kdns.metrics import Metrics
 from kdns.proxy import iptables
 from kdns.proxy.iptables import SERVICE_CHAINS, Entry, RuleSet
@@ -62,14 +63,6 @@ CHUNK = 2000
 # where one takes 2.9 s (10,000 Services of two endpoints, iptables 1.8.9), three no less.
 WRITERS = 2
 _DOTTED = re.compile(r"::((?:[0-9]{1,3}\.){3}[0-9]{1,3})\b")
-# Services with a rule that iptables refuses, left out so that all others have theirs: so many a
-# sync are searched for, each at the price of a write, and more in all are no fault of theirs.
-MOST_AT_ONCE = 16
-MOST_REFUSED = 256
-# Seconds until one is tried again, and until it is if it has changed.
-REFUSED_FOR = 300.0
-REFUSED_REST = 10.0
-MOST_TOLD = 5  # differences named in one log line
 
 FAMILY_LABEL: Mapping[Family, str] = {4: "IPv4", 6: "IPv6"}
 
@@ -130,14 +123,6 @@ class Held:
         return frozenset(one for one in targets if one.startswith(SERVICE_CHAINS))
 
 
-@dataclass(slots=True)
-class _Refusal:
-    """A Service that is left out. Monotonic seconds: rest -- not before; due -- tried again."""
-
-    rest: float
-    due: float
-
-
 class IptablesDataplane:
     """Writes one family's rules with one variant of the programs.
 
@@ -166,8 +151,7 @@ class IptablesDataplane:
         if generation is None and programs.variant == "nft" and not programs.prefix:
             generation = nft_generation
         self._generation = generation or (lambda: None)
-        self._clock = clock
-        self._refused: dict[Key, _Refusal] = {}
+        self._refused = Refusals(FAMILY_LABEL[options.family], clock)
         self._writers = WRITERS
         self._stay: frozenset[str] = frozenset()  # chains not wanted that cannot go
         self._known = False  # the kernel holds what the rules were last committed as
@@ -198,21 +182,9 @@ class IptablesDataplane:
 
     def _render(self, table: ForwardingTable, changed: Collection[Key]) -> None:
         known, self._rendered = self._rendered, False
-        changed = {*changed, *self._tried_again(table, changed)}
+        changed = {*changed, *self._refused.take_back(table, changed)}
         self._rules.update(table, changed if known else None, self._refused)
         self._rendered = True
-
-    def _tried_again(self, table: ForwardingTable, changed: Collection[Key]) -> list[Key]:
-        """Take back, and return, the Services left out whose time has come."""
-        now, back = self._clock(), []
-        for key, refusal in self._refused.items():
-            if key in changed:
-                refusal.due = min(refusal.due, refusal.rest)
-            if now >= refusal.due or key not in table.services:
-                back.append(key)
-        for key in back:
-            del self._refused[key]
-        return back
 
     async def _write_partial(self) -> bool:
         """Write the difference; False, and nothing is written, if it is better done in chunks."""
@@ -227,32 +199,15 @@ class IptablesDataplane:
         return True
 
     async def _write_accepted(self, table: ForwardingTable) -> None:
-        """Write all, but for Services with a rule that iptables refuses: it may be a match that
-        this kernel lacks, and what one Service asks for must not keep the others' rules away."""
-        suspect: Key | None = None
-        for _ in range(2 * MOST_AT_ONCE):
-            try:
-                await self._write_full(table)
-                return
-            except ApplyError as e:
-                key = self._rules.owner(e.line) if e.line and not e.busy else None
-                if key is None or len(self._refused) >= MOST_REFUSED:
-                    raise
-                self._tally.failed(True, e)
-                # Once may be due to another program that changed our chains meanwhile.
-                if key == suspect:
-                    await self._leave_out(table, key, e)
-                suspect = key
-        await self._write_full(table)
+        """Write all, but for Services with a rule that iptables refuses."""
 
-    async def _leave_out(self, table: ForwardingTable, key: Key, why: ApplyError) -> None:
-        now = self._clock()
-        self._refused[key] = _Refusal(now + REFUSED_REST, now + REFUSED_FOR)
-        log.error(
-            "%s: Service %s is left out, it has no rules: one of them is refused: %s",
-            self._tally.family, "/".join(key), why,
+        async def spell_without(key: Key) -> None:
+            await asyncio.to_thread(self._rules.update, table, (key,), self._refused)
+
+        await self._refused.write_accepted(
+            lambda: self._write_full(table), self._rules.owner,
+            lambda e: self._tally.failed(True, e), spell_without,
         )  # fmt: skip
-        await asyncio.to_thread(self._rules.update, table, (key,), self._refused)
 
     async def _write_full(self, table: ForwardingTable) -> None:
         rules = self._rules.counts().get("nat", 0)
@@ -334,16 +289,14 @@ class IptablesDataplane:
         """
         if not self._written:
             return True
-        if any(refusal.due <= self._clock() for refusal in self._refused.values()):
-            return False  # time for another try
+        if self._refused.due:
+            return False
         generation = self._generation()
         if generation is not None and generation == self._verified:
             return True
         found = await self._differences(self._exact)
         if found:
-            more = f" and {len(found) - MOST_TOLD} more" if len(found) > MOST_TOLD else ""
-            told = "; ".join(found[:MOST_TOLD])
-            log.warning("rules changed by somebody else: %s%s", told, more)
+            tell_changed("rules", found)
             self._doubt = True
             return False
         # Only a number that held all the while vouches for what was read.

@@ -58,6 +58,7 @@ from kdns.kernel.ipvs_netlink import (
 )
 from kdns.kernel.netlink import NetlinkError
 from kdns.kernel.programs import Programs, find_variants, which
+from kdns.kernel.refusals import tell_changed
 from kdns.metrics import Cell, Metrics
 from kdns.proxy import iptables
 from kdns.proxy.iptables import SERVICE_CHAINS, RuleSet
@@ -85,7 +86,6 @@ from kdns.registry.objects import Key
 log = logging.getLogger("kdns.proxy")
 
 DEFAULTS = IpvsSettings()
-MOST_TOLD = 5  # differences named in one log line
 # What the probe makes and deletes: an address of documentation (RFC 5737), as kube-proxy does.
 PROBE = At("tcp", "198.51.100.0", 20000)
 OTHER_MODES = "the modes iptables, nftables and userspace work without"
@@ -377,8 +377,7 @@ class IpvsDataplane:
             found += await asyncio.to_thread(self._chain_differences, lines)
         if not found:
             return True
-        more = f" and {len(found) - MOST_TOLD} more" if len(found) > MOST_TOLD else ""
-        log.warning("ipvs changed by somebody else: %s%s", "; ".join(found[:MOST_TOLD]), more)
+        tell_changed("ipvs", found)
         return False
 
     def _server_differences(self) -> list[str]:

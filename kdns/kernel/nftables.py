@@ -26,6 +26,7 @@ from kdns.errors import ApplyError
 from kdns.kernel.generation import nft_generation
 from kdns.kernel.nftables_netlink import MOST, NetlinkTables, NotPlain, Refused
 from kdns.kernel.programs import run_program, which
+from kdns.kernel.refusals import MOST_TOLD, Refusals, tell_changed
 from kdns.metrics import Metrics
 from kdns.proxy.nftables import TABLE, Held, NftablesRules
 from kdns.proxy.nftables_listing import find_differences, parse_table
@@ -46,13 +47,6 @@ WRITE_TIMEOUT = 180.0  # seconds until nft is given up; 20,000 rules take less t
 READ_TIMEOUT = 120.0
 VERSION_TIMEOUT = 10.0
 
-# Services with a rule that nft or the kernel refuses, left out so that all others have theirs;
-# as in iptables.py.
-MOST_AT_ONCE = 16
-MOST_REFUSED = 256
-REFUSED_FOR = 300.0  # seconds until one is tried again, and until it is if it has changed
-REFUSED_REST = 10.0
-MOST_TOLD = 5  # differences named in one log line
 
 FAMILY_LABEL: dict[Family, str] = {4: "IPv4", 6: "IPv6"}
 
@@ -254,14 +248,6 @@ def blame(stderr: str, line: str) -> str:
 # --- the dataplane --------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Refusal:
-    """A Service that is left out. Monotonic seconds: rest -- not before; due -- tried again."""
-
-    rest: float
-    due: float
-
-
 class NftablesDataplane:
     """Writes one family's table.
 
@@ -292,8 +278,7 @@ class NftablesDataplane:
         if generation is None and not nft.prefix:
             generation = nft_generation
         self._generation = generation or (lambda: None)
-        self._clock = clock
-        self._refused: dict[Key, _Refusal] = {}
+        self._refused = Refusals(FAMILY_LABEL[options.family], clock)
         self._known = False  # the kernel holds what the rules were last committed as
         self._rendered = False  # the rules follow the table; False after a bug in rendering
         self._written = False
@@ -324,25 +309,13 @@ class NftablesDataplane:
 
     async def _render(self, table: ForwardingTable, changed: Collection[Key]) -> None:
         known, self._rendered = self._rendered, False
-        changed = {*changed, *self._tried_again(table, changed)}
+        changed = {*changed, *self._refused.take_back(table, changed)}
         anew = changed if known else None
         if known and len(changed) < 100:  # a thread takes longer to start
             self._rules.update(table, anew, self._refused)
         else:
             await asyncio.to_thread(self._rules.update, table, anew, self._refused)
         self._rendered = True
-
-    def _tried_again(self, table: ForwardingTable, changed: Collection[Key]) -> list[Key]:
-        """Take back, and return, the Services left out whose time has come."""
-        now, back = self._clock(), []
-        for key, refusal in self._refused.items():
-            if key in changed:
-                refusal.due = min(refusal.due, refusal.rest)
-            if now >= refusal.due or key not in table.services:
-                back.append(key)
-        for key in back:
-            del self._refused[key]
-        return back
 
     async def _write(
         self, text: str, apply: Callable[[str], Awaitable[None]] | None = None
@@ -376,32 +349,14 @@ class NftablesDataplane:
         await self.nft.apply(text)
 
     async def _write_accepted(self, table: ForwardingTable) -> None:
-        """Write all, but for Services with a rule that is refused: what one asks for must not
-        keep the others' rules away."""
-        suspect: Key | None = None
-        for _ in range(2 * MOST_AT_ONCE):
-            try:
-                await self._write_full()
-                return
-            except ApplyError as e:
-                key = self._rules.owner(e.line) if e.line and not e.busy else None
-                if key is None or len(self._refused) >= MOST_REFUSED:
-                    raise
-                self._tally.failed()
-                # Once may be due to another program that changed our table meanwhile.
-                if key == suspect:
-                    await self._leave_out(table, key, e)
-                suspect = key
-        await self._write_full()
+        """Write all, but for Services with a rule that is refused."""
 
-    async def _leave_out(self, table: ForwardingTable, key: Key, why: ApplyError) -> None:
-        now = self._clock()
-        self._refused[key] = _Refusal(now + REFUSED_REST, now + REFUSED_FOR)
-        log.error(
-            "%s: Service %s is left out, it has no rules: one of them is refused: %s",
-            self._tally.family, "/".join(key), why,
-        )  # fmt: skip
-        await asyncio.to_thread(self._rules.update, table, (key,), self._refused)
+        async def spell_without(key: Key) -> None:
+            await asyncio.to_thread(self._rules.update, table, (key,), self._refused)
+
+        await self._refused.write_accepted(
+            self._write_full, self._rules.owner, lambda e: self._tally.failed(), spell_without
+        )
 
     async def _write_full(self) -> None:
         held = await self.nft.held(self._family)
@@ -423,16 +378,14 @@ class NftablesDataplane:
         if not self._written:
             return True
         await self._tidy()
-        if any(refusal.due <= self._clock() for refusal in self._refused.values()):
-            return False  # time for another try
+        if self._refused.due:
+            return False
         generation = self._generation()
         if generation is not None and generation == self._verified:
             return True
         found = await self._differences(self._exact)
         if found:
-            more = f" and {len(found) - MOST_TOLD} more" if len(found) > MOST_TOLD else ""
-            told = "; ".join(found[:MOST_TOLD])
-            log.warning("rules changed by somebody else: %s%s", told, more)
+            tell_changed("rules", found)
             self._doubt = True
             return False
         # Only a number that held all the while vouches for what was read.

@@ -27,6 +27,7 @@ from kdns.errors import ApplyError
 from kdns.kernel.generation import nft_generation
 from kdns.kernel.iptables import FAMILY_LABEL, find_differences, target_of, tokens
 from kdns.kernel.programs import Programs, find_variants
+from kdns.kernel.refusals import tell_changed
 from kdns.kernel.userspace_poll import Poller
 from kdns.kernel.userspace_tcp import BACKLOG, TcpCounts, TcpListener, TcpRelays, listen_tcp
 from kdns.kernel.userspace_udp import IDLE, UdpCounts, UdpFlows, UdpListener, bind_udp
@@ -45,7 +46,6 @@ FAMILIES: Final[dict[Family, socket.AddressFamily]] = {4: socket.AF_INET, 6: soc
 WILDCARD: Final[dict[Family, str]] = {4: "0.0.0.0", 6: "::"}
 # Ports that are tried before a door stays shut; others have at most a few of them.
 MOST_TRIED: Final = 64
-MOST_TOLD: Final = 5
 AT_ONCE: Final = 32  # Services whose doors are opened before others get their turn
 FIRST_UNPRIVILEGED: Final = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 SO_ATTACH_FILTER: Final = 26  # asm-generic/socket.h
@@ -499,8 +499,7 @@ class UserspaceDataplane:
             return True
         found = await self._differences(self.programs)
         if found:
-            more = f" and {len(found) - MOST_TOLD} more" if len(found) > MOST_TOLD else ""
-            log.warning("rules changed by somebody else: %s%s", "; ".join(found[:MOST_TOLD]), more)
+            tell_changed("rules", found)
             return False
         # Only a number that held all the while vouches for what was read.
         self._verified = generation if self._generation() == generation else None

@@ -6,14 +6,14 @@ Upstream: deployment_controller.go.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Final
 
 from kdns.api.controllers import deployments_plan as plan
-from kdns.api.controllers.events import Recorder
-from kdns.api.controllers.index import DEPLOYMENTS, PODS, REPLICA_SETS, Index, decode_meta, split
+from kdns.api.controllers.index import DEPLOYMENTS, PODS, REPLICA_SETS, decode_meta, split
+from kdns.api.controllers.workload_controller import Workloads
 from kdns.api.controllers.workloads import same_template, selector_from
-from kdns.api.controllers.writes import Writer, condition_of, owned_by, terminating, without_owners
+from kdns.api.controllers.writes import condition_of, owned_by, terminating, without_owners
 from kdns.api.objects import now_text
 from kdns.api.store import Event, Obj, Stored
 from kdns.errors import ApiError
@@ -23,23 +23,8 @@ COMPONENT: Final = "deployment-controller"
 _SETS: Final = REPLICA_SETS.qualified
 
 
-class Deployments:
+class Deployments(Workloads):
     """The controller. queue -- has a Deployment looked at"""
-
-    def __init__(
-        self,
-        writer: Writer,
-        index: Index,
-        recorder: Recorder,
-        queue: Callable[[str], None],
-        clock: Callable[[], float],
-    ) -> None:
-        self._writer = writer
-        self._objects = writer.objects
-        self._index = index
-        self._recorder = recorder
-        self._queue = queue
-        self._clock = clock
 
     def seen(self, event: Event) -> None:
         resource, namespace, name = event.stored.key

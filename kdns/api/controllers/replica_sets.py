@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
-from kdns.api.controllers.events import Recorder
-from kdns.api.controllers.index import PODS, REPLICA_SETS, Index, Pod, decode_pod, split
+from kdns.api.controllers.index import PODS, REPLICA_SETS, Pod, decode_pod, split
+from kdns.api.controllers.workload_controller import Workloads
 from kdns.api.controllers.workloads import (
     BURST,
     claim_pods,
@@ -21,7 +21,6 @@ from kdns.api.controllers.workloads import (
     pod_from,
 )
 from kdns.api.controllers.writes import (
-    Writer,
     condition_of,
     in_turns,
     owned_by,
@@ -72,23 +71,8 @@ def wanted_status(rs: Obj, pods: list[Pod], ending: int, failure: str, now: floa
     return status
 
 
-class ReplicaSets:
+class ReplicaSets(Workloads):
     """The controller. queue -- has a ReplicaSet looked at"""
-
-    def __init__(
-        self,
-        writer: Writer,
-        index: Index,
-        recorder: Recorder,
-        queue: Callable[[str], None],
-        clock: Callable[[], float],
-    ) -> None:
-        self._writer = writer
-        self._objects = writer.objects
-        self._index = index
-        self._recorder = recorder
-        self._queue = queue
-        self._clock = clock
 
     def seen(self, event: Event) -> None:
         resource, namespace, name = event.stored.key

@@ -14,6 +14,7 @@ from typing import Final
 
 from kdns.api.controllers.events import Recorder
 from kdns.api.controllers.index import ENDED, PODS, STATEFUL_SETS, Index, Pod, decode_pod, split
+from kdns.api.controllers.workload_controller import Workloads
 from kdns.api.controllers.workloads import (
     claim_pods,
     is_available,
@@ -174,7 +175,7 @@ def wanted_status(sts: Obj, pods: Sequence[Pod], current: str, update: str, now:
     }
 
 
-class StatefulSets:
+class StatefulSets(Workloads):
     """The controller. queue -- has a StatefulSet looked at"""
 
     def __init__(
@@ -185,12 +186,7 @@ class StatefulSets:
         queue: Callable[[str], None],
         clock: Callable[[], float],
     ) -> None:
-        self._writer = writer
-        self._objects = writer.objects
-        self._index = index
-        self._recorder = recorder
-        self._queue = queue
-        self._clock = clock
+        super().__init__(writer, index, recorder, queue, clock)
         self._templates: dict[tuple[str, str], Obj] = {}  # uid, revision
 
     def seen(self, event: Event) -> None:
