@@ -315,6 +315,8 @@ def test_proxy_page_names_each_metric() -> None:
     from kdns.kernel.nftables import Nft, NftablesDataplane
     from kdns.kernel.programs import Programs
     from kdns.kernel.sync import SyncLoop
+    from kdns.kernel.userspace_relay import RelayCounts
+    from kdns.kernel.userspace_udp import UdpCounts
     from kdns.proxy.config import ProxyConfig
     from kdns.proxy.options import Options
     from kdns.registry.spec import ManifestSpec
@@ -325,6 +327,8 @@ def test_proxy_page_names_each_metric() -> None:
     dataplane = IptablesDataplane(programs, Options(), agent.metrics)
     NftablesDataplane(Nft((1, 0, 6), (6, 1)), Options(), agent.metrics)
     IpvsDataplane(programs, Options(), metrics=agent.metrics)
+    RelayCounts(agent.metrics, "IPv4", "tcp")
+    UdpCounts(agent.metrics, "IPv4")
     SyncLoop(dataplane, 4, agent.metrics)
     FlowCleaner(Options(), agent.metrics)
     NodeHttp(ProxyConfig(), agent.metrics, agent.health)

@@ -29,7 +29,8 @@ from kdns.kernel.iptables import FAMILY_LABEL, find_differences, target_of, toke
 from kdns.kernel.programs import Programs, find_variants
 from kdns.kernel.refusals import tell_changed
 from kdns.kernel.userspace_poll import Poller
-from kdns.kernel.userspace_tcp import BACKLOG, TcpCounts, TcpListener, TcpRelays, listen_tcp
+from kdns.kernel.userspace_relay import RelayCounts
+from kdns.kernel.userspace_tcp import BACKLOG, TcpListener, TcpRelays, listen_tcp
 from kdns.kernel.userspace_udp import IDLE, UdpCounts, UdpFlows, UdpListener, bind_udp
 from kdns.metrics import Metrics
 from kdns.proxy import userspace
@@ -179,7 +180,7 @@ class _Gate:
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    tcp: TcpCounts
+    tcp: RelayCounts
     udp: UdpCounts
 
 
@@ -209,7 +210,9 @@ class Gates:
         self._rootless = rootless
         self._rng = rng
         label = FAMILY_LABEL[options.family]
-        self._counts = _Counts(TcpCounts(proxy.metrics, label), UdpCounts(proxy.metrics, label))
+        self._counts = _Counts(
+            RelayCounts(proxy.metrics, label, "tcp"), UdpCounts(proxy.metrics, label)
+        )
         self._gates: dict[Door, _Gate] = {}
         self._of: dict[Key, tuple[Door, ...]] = {}
         self._affinity: dict[tuple[str, str], Affinity] = {}

@@ -19,12 +19,10 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Callable, Collection
 from typing import Final
 
 from kdns.kernel.userspace_poll import COPY, EXHAUSTED, PIPE, TICK, Pipe, Poller
-from kdns.metrics import Cell, Metrics
-from kdns.registry.endpoints import Endpoint
+from kdns.kernel.userspace_relay import Admit, Choose, RelayCounts
 
 log = logging.getLogger("kdns.proxy")
 
@@ -43,35 +41,6 @@ ERR: Final = select.EPOLLERR
 HUP: Final = select.EPOLLHUP
 SPLICE_FLAGS: Final = 1 | 2  # MOVE, NONBLOCK: of the pipe; sockets are non-blocking already
 
-# (client, endpoints that failed) -> the endpoint to connect to; None: there is none, or the
-# client may not.
-Choose = Callable[[str, Collection[str]], Endpoint | None]
-# May this client connect?
-Admit = Callable[[str], bool]
-
-
-class TcpCounts:
-    """What is counted, of all listeners of a family."""
-
-    def __init__(self, metrics: Metrics, family: str) -> None:
-        label = ("ip_family", "protocol")
-        self.accepted: Cell = metrics.counter(
-            "kdns_userspace_connections_total", "Connections and flows of clients.", label
-        ).labels(family, "tcp")
-        self.open: Cell = metrics.gauge(
-            "kdns_userspace_connections", "Connections and flows that are open.", label
-        ).labels(family, "tcp")
-        self.retried: Cell = metrics.counter(
-            "kdns_userspace_dial_failures_total",
-            "Attempts to reach an endpoint that failed; the next one was tried.",
-            label,
-        ).labels(family, "tcp")
-        self.failed: Cell = metrics.counter(
-            "kdns_userspace_connections_refused_total",
-            "Clients that no endpoint was found for, or that may not connect.",
-            label,
-        ).labels(family, "tcp")
-
 
 class TcpListener:
     """One listening socket. sock -- bound, listening, not blocking."""
@@ -80,7 +49,7 @@ class TcpListener:
         self,
         sock: socket.socket,
         relays: TcpRelays,
-        counts: TcpCounts,
+        counts: RelayCounts,
         choose: Choose,
         admit: Admit | None,
     ) -> None:

@@ -11,12 +11,12 @@ import select
 import socket
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any, Final
 
 from kdns.kernel.userspace_poll import COPY, EXHAUSTED, Poller
+from kdns.kernel.userspace_relay import Admit, Choose, RelayCounts
 from kdns.metrics import Cell, Metrics
-from kdns.registry.endpoints import Endpoint
 
 IDLE: Final = 0.25  # seconds until a flow is over: kube-proxy's udpIdleTimeout
 MAX_FLOWS: Final = 10_000  # of all Services; a client more ends the one that rests longest
@@ -30,34 +30,15 @@ IP_PKTINFO: Final = 8
 _PKTINFO: Final = struct.Struct("=I4s4s")
 _SPACE: Final = socket.CMSG_SPACE(20)
 
-# (client, endpoints that failed) -> the endpoint to send to; None: there is none.
-Choose = Callable[[str, Collection[str]], Endpoint | None]
-Admit = Callable[[str], bool]
 # A client's address, and what makes the kernel answer from the address it asked.
 _Asked = tuple[Any, tuple[int, int, bytes] | None]
 
 
-class UdpCounts:
-    """What is counted, of all listeners of a family; names as for TCP."""
+class UdpCounts(RelayCounts):
+    """What is counted of UDP."""
 
     def __init__(self, metrics: Metrics, family: str) -> None:
-        label = ("ip_family", "protocol")
-        self.accepted: Cell = metrics.counter(
-            "kdns_userspace_connections_total", "Connections and flows of clients.", label
-        ).labels(family, "udp")
-        self.open: Cell = metrics.gauge(
-            "kdns_userspace_connections", "Connections and flows that are open.", label
-        ).labels(family, "udp")
-        self.retried: Cell = metrics.counter(
-            "kdns_userspace_dial_failures_total",
-            "Attempts to reach an endpoint that failed; the next one was tried.",
-            label,
-        ).labels(family, "udp")
-        self.failed: Cell = metrics.counter(
-            "kdns_userspace_connections_refused_total",
-            "Clients that no endpoint was found for, or that may not connect.",
-            label,
-        ).labels(family, "udp")
+        super().__init__(metrics, family, "udp")
         self.evicted: Cell = metrics.counter(
             "kdns_userspace_flows_evicted_total",
             "Flows that ended because others needed their place.",
