@@ -11,6 +11,7 @@ Exit codes: 0 well; 1 it failed (for `query`: an rcode other than NOERROR, or no
 
 from __future__ import annotations
 
+import importlib
 import ipaddress
 import os
 import sys
@@ -39,8 +40,35 @@ DEFAULT_API_PORT = 6443  # kube-apiserver's
 DEFAULT_UP_DNS_PORT = 10053  # needs no root, and is not multicast DNS's 5353
 
 
+# Commands that stand in modules of their own: word -> (module, what `kdns --help` says). Each
+# module has a click command `command`; it is imported when it is asked for.
+ELSEWHERE: dict[str, tuple[str, str]] = {}
+
+
 class Commands(click.Group):
     """A group to which flags without a command mean `serve`, as CoreDNS takes them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands' words in order."""
+        return sorted([*super().list_commands(ctx), *ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command; those in modules of their own are imported now."""
+        if cmd_name not in ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        command: click.Command = importlib.import_module(ELSEWHERE[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing any."""
+        rows = []
+        for word in self.list_commands(ctx):
+            if word in ELSEWHERE:
+                rows.append((word, ELSEWHERE[word][1]))
+            elif (own := super().get_command(ctx, word)) is not None and not own.hidden:
+                rows.append((word, own.get_short_help_str(70)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put `serve` in front of CoreDNS's flags."""

@@ -31,11 +31,12 @@ LAYERS = (
     ("pipeline",),
     ("source", "server"),
     ("kernel", "api"),  # their HTTP is server/'s
-    ("site",),
+    ("site", "control"),
     ("app", "agent", "lookup"),
-    ("cluster",),
+    ("cluster", "node"),
     ("up",),
-    ("explain", "cli"),
+    ("explain",),
+    ("cli",),
     ("__main__", "pytest_plugin"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
