@@ -14,6 +14,7 @@ from struct import error as StructError
 from typing import TYPE_CHECKING, Any
 
 from kdns.dns import types as t
+from kdns.dns.ede import OPTION, Ede, render_ede
 from kdns.errors import WireError
 
 if TYPE_CHECKING:
@@ -235,6 +236,10 @@ class Reply:
     flags        -- only AA, TC, RA, AD, SET_RD and CLEAR_RD are read; the rest comes from
                     the query
     edns         -- the upstream's OPT if there was one; its options are passed on
+    ede          -- why the answer is what it is (RFC 8914), or None; set only where the query
+                    had EDNS, sent where there is room
+    why          -- finds that out later: called where this reply is kept and given out again
+                    (`cache`), returns what explain() takes
     error        -- text for the `errors` plugin, or None
     keep         -- seconds this very reply may be sent again to any client for the same
                     question bytes: 0 never (the default), FOREVER until a dep changes
@@ -243,7 +248,13 @@ class Reply:
                     the duration of the repeat in seconds
     on_repeat    -- called with the repeated query's (client, id) for each repeat (query log)
     shuffled     -- True when addresses are put in another order for each asker (loadbalance)
+    folds        -- (the question's name, where in it the zone starts): the former is the owner
+                    of all answers, as it was typed; all other names are fixed but for the zone
+                    at their end, which is as typed. So it may be said again for other spellings
+                    (server/folding.py). None where nobody vouches for that
     served_by    -- name of the plugin that made it
+    upstream     -- whom it was forwarded to: "10.0.0.9:53"; empty for a cached answer
+    stored       -- monotonic seconds since when a cache has held it, or None
     stream       -- further batches of answer records: a zone transfer over TCP
     """
 
@@ -252,16 +263,21 @@ class Reply:
         "answer",
         "authority",
         "deps",
+        "ede",
         "edns",
         "error",
         "flags",
+        "folds",
         "keep",
         "on_repeat",
         "rcode",
         "served_by",
         "shuffled",
+        "stored",
         "stream",
         "tally",
+        "upstream",
+        "why",
     )
 
     def __init__(
@@ -283,13 +299,18 @@ class Reply:
         self.authority: list[RR] = [] if authority is None else authority
         self.additional: list[RR] = [] if additional is None else additional
         self.edns: Edns | None = None
+        self.ede: Ede | None = None
+        self.why: Callable[[], tuple[Ede | None, tuple[Any, ...] | None]] | None = None
         self.error = error
         self.keep = keep
         self.deps = deps
         self.tally: list[tuple[Cell, float | None]] | None = None
         self.on_repeat: list[Callable[[tuple[str, int], int, float], None]] | None = None
+        self.folds: tuple[bytes, int] | None = None
         self.shuffled = False
         self.served_by = served_by
+        self.upstream = ""
+        self.stored: float | None = None
         self.stream: Any = None
 
     @property
@@ -312,8 +333,20 @@ class Reply:
             deps=self.deps,
         )
         r.edns = self.edns
+        r.ede = self.ede
+        r.why = self.why
+        r.upstream, r.stored = self.upstream, self.stored
         r.stream = self.stream
         return r
+
+    def explain(self, ede: Ede | None, deps: tuple[Any, ...] | None) -> None:
+        """Say why this is the answer. deps -- what the reason was made from; None: it is true
+        only now."""
+        self.ede = ede
+        if deps is None:
+            self.keep = 0.0
+        elif ede is not None:
+            self.deps += deps
 
     def count(self, cell: Cell, value: float = 1) -> None:
         """Count once now, and once more for each time this reply is repeated."""
@@ -323,9 +356,11 @@ class Reply:
         self.tally.append((cell, value))
 
 
-def failure(rcode: int, error: str | None = None) -> Reply:
+def failure(rcode: int, error: str | None = None, ede: Ede | None = None) -> Reply:
     """Return a reply that carries only an rcode: no AA, no records."""
-    return Reply(rcode, flags=0, error=error)
+    reply = Reply(rcode, flags=0, error=error)
+    reply.ede = ede
+    return reply
 
 
 # --- queries in ---------------------------------------------------------------------------
@@ -457,9 +492,20 @@ def render_reply(query: Query, reply: Reply) -> bytes:
     """Return the octets of `reply` to `query`, no more than query.limit of them.
 
     As CoreDNS (reference 1.15): uncompressed while that fits; else compressed; else whole
-    records dropped from the end with TC set. The question and OPT are always kept.
+    records dropped from the end with TC set. The question and OPT are always kept, but why the
+    answer is what it is (reply.ede) goes before any record does.
     """
-    opt, rcode = _render_opt(query, reply)
+    if reply.ede is None or query.edns is None:
+        return _render(query, reply, None)
+    if not reply.flags & TC:
+        wire = _render(query, reply, reply.ede)
+        if not wire[2] & TC >> 8 and len(wire) <= query.limit:
+            return wire
+    return _render(query, reply, None)
+
+
+def _render(query: Query, reply: Reply, ede: Ede | None) -> bytes:
+    opt, rcode = _render_opt(query, reply, ede)
     flags = query.flags
     head = QR | (flags & OPCODE) | (reply.flags & (AA | TC | RA | AD)) | (rcode & 15)
     if not flags & OPCODE:
@@ -529,7 +575,7 @@ def _fragments(query: Query, size: int) -> bool:
     return size > (FRAGMENT_V6 if ":" in query.client[0] else FRAGMENT_V4)
 
 
-def _render_opt(query: Query, reply: Reply) -> tuple[bytes, int]:
+def _render_opt(query: Query, reply: Reply, ede: Ede | None) -> tuple[bytes, int]:
     """Return the OPT record to send (empty if the query had none) and the rcode."""
     asked, rcode = query.edns, reply.rcode
     if asked is None:
@@ -541,6 +587,9 @@ def _render_opt(query: Query, reply: Reply) -> tuple[bytes, int]:
         options = [o for o in asked.options if o[0] in ECHOED_OPTIONS]
     else:
         options = ()
+    if ede is not None:
+        # In place of one that a plugin wrote itself without saying more (`acl`).
+        options = [*(o for o in options if o[0] != OPTION), render_ede(ede)]
     rdata = b"".join([_QTAIL.pack(code, len(data)) + data for code, data in options])
     ttl = ((rcode >> 4) << 24) | (0x8000 if asked.do else 0)
     size = 0 if rcode == t.BADVERS else asked.size

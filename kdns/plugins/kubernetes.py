@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import partial
 from struct import pack
 from typing import Any, TypeAlias
 
@@ -17,8 +18,10 @@ from kdns.dns.message import AA, FOREVER, RR, TC, Query, Reply
 from kdns.dns.name import ROOT, is_subdomain, labels_of
 from kdns.dns.reverse import IN_ADDR, IP6_ARPA, address_of
 from kdns.plugins.kubernetes_latency import ProgrammingLatency
+from kdns.plugins.kubernetes_why import Reasons, Why, no_transfer, not_synced, of_target
 from kdns.plugins.plugin import Ask, Feed, Outcome, Plugin, Work
 from kdns.plugins.setup import Setup
+from kdns.registry.objects import Key
 from kdns.registry.selectors import BadSelector, parse_selector
 from kdns.registry.snapshot import Changes, Snapshot
 from kdns.registry.spec import KubeSpec, ManifestSpec
@@ -75,6 +78,9 @@ class Kubernetes(Plugin):
         # Seconds since the source was last heard of; app.py puts its pipeline's here.
         self.source_age: Callable[[], float | None] = lambda: None
         self.records = ClusterRecords(options)
+        self._reasons = Reasons(self.records)
+        self._explains = True
+        self._is_kept = False  # a `cache` keeps what is answered here
         self._lookups: dict[bytes, Lookup] = {
             zone: self.records.lookup_imported
             if zone in self._multicluster
@@ -90,7 +96,21 @@ class Kubernetes(Plugin):
         # zone -> (falls through whatever the name, zones below it that do)
         self._falls = {zone: _falls(zone, fallthrough) for zone in zones}
 
+    @property
+    def gate_state(self) -> Callable[[Key], str]:
+        """What keeps a Service's rules from the kernel: "" nothing, "waiting": it is not shown
+        until they are there, "open": it is shown all the same. app.py puts its gate's here."""
+        return self._reasons.gate_state
+
+    @gate_state.setter
+    def gate_state(self, state: Callable[[Key], str]) -> None:
+        self._reasons.gate_state = state
+
     # --- what app.py does for it --------------------------------------------------------
+
+    def link(self, chain: Sequence[Plugin]) -> None:
+        self._explains = all(plugin.explains for plugin in chain)
+        self._is_kept = any(plugin.word == "cache" for plugin in chain)
 
     def work(self) -> Sequence[Work]:
         return (Feed(self.source, self.publish),)
@@ -137,17 +157,60 @@ class Kubernetes(Plugin):
             labels.append(key[at + 1 : at + 1 + size])
             at += size + 1
         zone = query.name[at:]  # in the case it was typed
+        outcome = self._answer(query, zone, labels, lookups[zone_key])
+        if (
+            (query.edns is not None or self._is_kept)
+            and outcome.__class__ is Reply
+            and self._explains
+        ):
+            self._explain(query, zone, labels, zone_key in self._multicluster, outcome)
+        return outcome
+
+    def _answer(self, query: Query, zone: bytes, labels: list[bytes], lookup: Lookup) -> Outcome:
         qtype = query.qtype
         if qtype == t.AXFR or qtype == t.IXFR:
             return Reply(t.REFUSED, flags=0)
         if qtype == t.PTR:
-            return self._pointer(query, zone, labels, lookups[zone_key])
+            return self._pointer(query, zone, labels, lookup)
         if not labels:
             return self._apex(query, zone)
         if qtype == t.SOA and not self._strict:
             # CoreDNS answers NODATA for the SOA of any name (reference 1.2).
             return self._negative(zone, t.NOERROR, ())
-        return self._forward_name(query, zone, labels, lookups[zone_key])
+        return self._forward_name(query, zone, labels, lookup)
+
+    # --- why (RFC 8914) -----------------------------------------------------------------
+
+    def _explain(
+        self, query: Query, zone: bytes, labels: list[bytes], imported: bool, reply: Reply
+    ) -> None:
+        """Say of a reply why it is what it is; where a `cache` keeps it, let that ask again
+        each time: it gives the answer to those who want no reason too."""
+        asked = (
+            query.key, query.qtype, zone, labels, imported, reply.rcode, bool(reply.answer)
+        )  # fmt: skip
+        if self._is_kept:
+            reply.why = partial(self._why, *asked)
+        if query.edns is not None:
+            reply.explain(*self._why(*asked))
+
+    def _why(
+        self, key: bytes, qtype: int, zone: bytes, labels: list[bytes], imported: bool,
+        rcode: int, has_answer: bool,
+    ) -> Why:  # fmt: skip
+        reasons = self._reasons
+        if has_answer:
+            return reasons.degraded(labels, imported)
+        if rcode == t.SERVFAIL:
+            return not_synced(), ()
+        if rcode == t.REFUSED:
+            return no_transfer(), ()
+        if key.endswith(REVERSE):
+            packed = _address(key)
+            if packed is None:
+                return None, ()
+            return reasons.no_address(packed) if rcode == t.NXDOMAIN else (None, ())
+        return reasons.nothing(labels, qtype, zone, rcode, imported)
 
     def _forward_name(
         self, query: Query, zone: bytes, labels: list[bytes], lookup: Lookup
@@ -161,20 +224,26 @@ class Kubernetes(Plugin):
             return self._reverse_name(query, zone)
         found, deps = lookup(labels)
         if isinstance(found, Node):
-            if qtype == t.A or qtype == t.AAAA:
-                name = query.name
-                answer = [rr.owned_by(name) for rr in found.addresses(qtype)]
-                return self._positive(answer, [], deps, zone)
-            if qtype == t.SRV:
-                answer, extra = found.services(zone)
-                return self._positive([rr.owned_by(query.name) for rr in answer], extra, deps, zone)
-            return self._negative(zone, t.NOERROR, deps)
+            reply = self._of_node(query, zone, found, deps)
+            reply.folds = query.name, len(query.name) - len(zone)
+            return reply
         if isinstance(found, c.External):
             return self._external(query, zone, found.records, deps)
         if found is c.EMPTY and (qtype != t.TXT or self._strict):
             return self._negative(zone, t.NOERROR, deps)
         # TXT at a name without records is NXDOMAIN in CoreDNS (#5736, reference 1.2).
         return self._missing(query, zone, deps)
+
+    def _of_node(self, query: Query, zone: bytes, node: Node, deps: tuple[Dep, ...]) -> Reply:
+        qtype = query.qtype
+        if qtype == t.A or qtype == t.AAAA:
+            name = query.name
+            answer = [rr.owned_by(name) for rr in node.addresses(qtype)]
+            return self._positive(answer, [], deps, zone)
+        if qtype == t.SRV:
+            answer, extra = node.services(zone)
+            return self._positive([rr.owned_by(query.name) for rr in answer], extra, deps, zone)
+        return self._negative(zone, t.NOERROR, deps)
 
     def _positive(
         self, answer: list[RR], additional: list[RR], deps: tuple[Dep, ...], zone: bytes
@@ -201,7 +270,9 @@ class Kubernetes(Plugin):
         always, below = self._falls[zone.lower()]
         if always or (below and any(is_subdomain(query.key, z) for z in below)):
             return None
-        return self._negative(zone, t.NXDOMAIN, deps)
+        reply = self._negative(zone, t.NXDOMAIN, deps)
+        reply.folds = query.name, len(query.name) - len(zone)
+        return reply
 
     def _soa_record(self, zone: bytes) -> RR:
         soa = self._soa.get(zone)
@@ -361,6 +432,8 @@ class Kubernetes(Plugin):
                 t.NOERROR, [*chain, *answer], flags=AA | truncated, served_by="kubernetes"
             )
             outcome.deps = deps
+            if query.edns is not None and reply is not None and self._explains:
+                outcome.ede = of_target(target, reply.rcode, bool(answer), reply.ede)
             return outcome
 
         return Ask(query.asking(target), then)

@@ -11,7 +11,9 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+from kdns.dns import ede
 from kdns.dns import types as t
+from kdns.dns.ede import Ede
 from kdns.dns.message import Query, Reply, failure, render_reply
 from kdns.dns.name import render_name
 from kdns.metrics import Metrics
@@ -22,6 +24,8 @@ log = logging.getLogger("kdns")
 
 # Questions of all clients that wait for an upstream at one time. Each holds under 4 kB.
 MAX_WAITING = 10000
+TOO_MANY = Ede(ede.OTHER, "too many questions wait for upstreams")
+BUG = Ede(ede.OTHER, "internal error of kdns; its log tells more")
 
 Done = Callable[[Reply | Drop], None]
 
@@ -60,7 +64,7 @@ class Exchange:
         if isinstance(result, Pending):
             if self.waiting >= MAX_WAITING:
                 self._rejected.add()
-                return failure(t.SERVFAIL, "too many questions wait for upstreams")
+                return failure(t.SERVFAIL, TOO_MANY.text, self._why(query, TOO_MANY))
             self.waiting += 1
 
             def finish(outcome: Reply | Drop) -> None:
@@ -131,7 +135,7 @@ class Exchange:
         """Return the octets to send where a reply could not be rendered; called while its
         exception is handled."""
         self._panic(query)
-        return render_reply(query, failure(t.SERVFAIL))
+        return render_reply(query, failure(t.SERVFAIL, ede=self._why(query, BUG)))
 
     def panic(self, asked: str) -> None:
         """Count and log a bug that was met while answering; called while it is handled."""
@@ -141,4 +145,7 @@ class Exchange:
     def _panic(self, query: Query | None) -> Reply | Drop:
         asked = f"{render_name(query.name)} {t.type_name(query.qtype)}" if query else "a refresh"
         self.panic(asked)
-        return failure(t.SERVFAIL) if query is not None else DROP
+        return failure(t.SERVFAIL, ede=self._why(query, BUG)) if query is not None else DROP
+
+    def _why(self, query: Query, why: Ede) -> Ede | None:
+        return why if query.edns is not None and self.router.explains else None

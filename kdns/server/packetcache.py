@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
+from typing import TypeAlias
 
-from kdns.dns.message import FOREVER, Reply
+from kdns.dns.message import FOREVER, Query, Reply
+from kdns.server.datagrams import ANSWER_ROOM
+from kdns.server.folding import Template, fold, template_of
 
 # Bounds of one cache: it has two generations of this many entries and octets each. A typical
 # entry is under 600 octets in memory, so both stay under 20 MB of the stock 170 Mi limit.
@@ -24,28 +27,54 @@ MAX_ASKED = 65536
 # over time every order is as likely as if each query had been shuffled for itself.
 ORDERS = 16
 
+# All of an answer behind the ID, for one question octet by octet; or a template for all
+# spellings of it.
+Made: TypeAlias = bytes | Template
+
 
 class Entry:
-    """One answer. wire is all of it behind the ID.
+    """One answer.
 
-    plain -- nothing to do for a repeat but to count and send
+    size  -- octets of the whole answer
+    wire  -- for `plain` ones: all of it behind the ID
+    plain -- nothing to do for a repeat but to count and send; it fits the room for answers
     """
 
     __slots__ = (
-        "deps", "expires", "hits", "key", "next", "on_repeat", "orders", "plain", "tally", "wire",
+        "deps", "expires", "hits", "key", "made", "next", "on_repeat", "orders", "plain", "size",
+        "tally", "wire",
     )  # fmt: skip
 
-    def __init__(self, key: bytes, wire: bytes, reply: Reply, now: float) -> None:
-        self.key = key
-        self.wire = wire
+    def __init__(self, key: bytes, made: Made, reply: Reply, now: float) -> None:
         self.hits = 0
         self.tally = reply.tally
         self.deps = reply.deps
         self.expires = FOREVER if reply.keep == FOREVER else now + reply.keep
         self.on_repeat = reply.on_repeat
-        self.orders: list[bytes] | None = [wire] if reply.shuffled else None
+        self.orders: list[Made] | None = [made] if reply.shuffled else None
         self.next = 0
-        self.plain = self.orders is None and self.on_repeat is None and self.expires == FOREVER
+        self._settle_on(key, made)
+
+    def _settle_on(self, key: bytes, made: Made) -> None:
+        self.key = key
+        self.made = made
+        self.wire = made if isinstance(made, bytes) else b""
+        self.size = len(made) + 2 if isinstance(made, bytes) else made.size
+        self.plain = (
+            self.orders is None
+            and self.on_repeat is None
+            and self.expires == FOREVER
+            and isinstance(made, bytes)
+            and self.size <= ANSWER_ROOM
+        )
+
+    def spelt(self, key: bytes, wire: bytes) -> Entry:
+        """Return the entry for one spelling of the question."""
+        one = Entry.__new__(Entry)
+        one.hits, one.tally, one.deps, one.expires = 0, self.tally, self.deps, self.expires
+        one.on_repeat, one.orders, one.next = self.on_repeat, None, 0
+        one._settle_on(key, wire)
+        return one
 
 
 class _Generation:
@@ -81,47 +110,86 @@ class PacketCache:
             self._insert(entry)
         return entry
 
-    def repeat(self, entry: Entry, now: float) -> bytes | None:
-        """Return the octets to send again for an entry that is not plain; None if the chain
-        must run (the answer has expired, or it is time for another order)."""
+    def find_spelt(self, datagram: bytes) -> Entry | None:
+        """Return the entry of a question: of these very octets, else of all its spellings."""
+        for key in (datagram[2:], fold(datagram)):
+            entry = self.young.entries.get(key) or self.find(key)
+            if entry is not None:
+                return entry
+        return None
+
+    def repeat(self, entry: Entry, datagram: bytes, now: float) -> bytes | None:
+        """Return the answer to send for `datagram`; None if the chain must run (what is held
+        has expired, or it is time for another order)."""
         if entry.expires <= now:
             self._forget(entry)
             return None
         orders = entry.orders
         if orders is None:
-            return entry.wire
-        at = entry.next
-        if at >= len(orders):
-            return None
-        entry.next = at + 1
-        return orders[at]
+            made = entry.made
+        else:
+            at = entry.next
+            if at >= len(orders):
+                return None
+            entry.next = at + 1
+            made = orders[at]
+        if isinstance(made, bytes):
+            return datagram[:2] + made
+        wire = made.fill(datagram)
+        # The same spelling again and again has an entry of its own, which is quicker.
+        if orders is None and self._asked_before(datagram[2:]):
+            self._insert(entry.spelt(datagram[2:], wire[2:]))
+        return wire
 
-    def keep(self, key: bytes, wire: bytes, reply: Reply, now: float) -> None:
-        """Remember the octets behind the ID of a reply that may be repeated, if its question
-        has been asked before."""
+    def keep(self, datagram: bytes, query: Query, wire: bytes, reply: Reply, now: float) -> None:
+        """Remember an answer that may be repeated, if its question has been asked before."""
+        if reply.folds:
+            key = fold(datagram)
+            if not self._wanted(key, reply):
+                return
+            template = template_of(query, reply, wire)
+            if template is not None:
+                self._put(key, template, reply, now)
+                return
+        key = datagram[2:]
+        if self._wanted(key, reply):
+            self._put(key, wire[2:], reply, now)
+
+    def _wanted(self, key: bytes, reply: Reply) -> bool:
+        """Whether an answer is to be kept: the question's second one, or another order."""
         entry = self.young.entries.get(key)
         if entry is not None and entry.orders is not None and reply.shuffled:
-            self._add_order(entry, wire)
-            return
+            return True
+        return self._asked_before(key)
+
+    def _asked_before(self, key: bytes) -> bool:
+        """True for every second time that a question is asked; the others are remembered."""
         asked, mark = self._asked, hash(key)
         if mark in asked:
             asked.discard(mark)
-            self._insert(Entry(key, wire, reply, now))
-            return
+            return True
         if len(asked) >= MAX_ASKED:
             asked.clear()
         asked.add(mark)
+        return False
 
-    def _add_order(self, entry: Entry, wire: bytes) -> None:
+    def _put(self, key: bytes, made: Made, reply: Reply, now: float) -> None:
+        entry = self.young.entries.get(key)
+        if entry is not None and entry.orders is not None and reply.shuffled:
+            self._add_order(entry, made)
+        else:
+            self._insert(Entry(key, made, reply, now))
+
+    def _add_order(self, entry: Entry, made: Made) -> None:
         orders = entry.orders
         assert orders is not None
         if len(orders) < ORDERS:
-            orders.append(wire)
+            orders.append(made)
             entry.next = len(orders)
         else:
             # A full round is over: replace the oldest and go round again.
             orders.pop(0)
-            orders.append(wire)
+            orders.append(made)
             entry.next = 0
 
     def _insert(self, entry: Entry) -> None:
@@ -134,7 +202,7 @@ class PacketCache:
         if old is not None:
             self._settle(old)
         young.entries[entry.key] = entry
-        young.octets += len(entry.key) + len(entry.wire)
+        young.octets += len(entry.key) + entry.size
         by_dep = young.by_dep
         for dep in entry.deps:
             by_dep[dep].append(entry.key)

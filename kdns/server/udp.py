@@ -7,27 +7,23 @@ the socket callback; any other goes through server/exchange.py (docs/DESIGN.md 1
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
-import struct
 import time
 from typing import Any
 
 from kdns.dns.message import Query, Reply, parse_query, render_header_error, render_reply
 from kdns.errors import WireError
 from kdns.plugins.plugin import Drop
+from kdns.server.datagrams import ANSWER_ROOM, QUERY_ROOM, SLOTS, room_for, want_source
 from kdns.server.exchange import Exchange
-from kdns.server.packetcache import PacketCache
+from kdns.server.packetcache import Entry, PacketCache
 
-# A query larger than this is no query; CoreDNS reads 512.
-MAX_QUERY = 2048
-# How many datagrams are taken at one go before timers and other sockets get their turn.
-BATCH = 256
+# How often the room for datagrams is filled before timers and other sockets get their turn.
+ROUNDS = 4
 RECEIVE_BUFFER = 4 << 20
 # Answers from the chain leave in bursts of up to this many: each lone datagram would wake its
 # receiver, which costs more than making the answer. 16 answers take about 0.2 ms.
 BURST = 16
-_PKTINFO = struct.Struct("=I4s4s")
 
 
 class UdpListener:
@@ -46,14 +42,14 @@ class UdpListener:
         self.cache = cache
         self.address: tuple[str, int] = sock.getsockname()[:2]
         self._loop = asyncio.get_running_loop()
-        self._burst: list[tuple[bytes, Any]] | None = None  # a list while draining
+        self._room = room_for(self._loop, sock, reply_from)
+        # The slot whose datagram is being answered, and whether its answer is there.
+        self._slot = 0
+        self._filled = False
         if reply_from:
-            if sock.family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-            else:
-                sock.setsockopt(socket.IPPROTO_IP, 8, 1)  # IP_PKTINFO
+            want_source(sock)
         sock.setblocking(False)
-        self._loop.add_reader(sock.fileno(), self._drain_wildcard if reply_from else self._drain)
+        self._loop.add_reader(sock.fileno(), self._drain)
 
     def close(self) -> None:
         """Stop reading and close the socket."""
@@ -62,104 +58,115 @@ class UdpListener:
             self.sock.close()
 
     def _drain(self) -> None:
-        receive, send = self.sock.recvfrom, self.sock.sendto
-        cache = self.cache
+        for _ in range(ROUNDS):
+            sizes = self._room.receive(self.sock.fileno())
+            if sizes:
+                self._answer(sizes)
+            if len(sizes) < SLOTS:
+                return
+
+    def _answer(self, sizes: list[int]) -> None:
+        """Answer the datagrams in the room; those that wait for somebody else leave later."""
+        room, cache = self._room, self.cache
+        queries, answers, out, step = room.queries, room.answers, room.sizes, room.step
+        fd = self.sock.fileno()
         began = time.monotonic()
-        hits = 0
         spent = 0.0
-        self._burst = []
-        try:
-            for _ in range(BATCH):
-                try:
-                    datagram, peer = receive(MAX_QUERY)
-                except BlockingIOError:
-                    break
-                except OSError:
-                    continue  # an ICMP error of an earlier reply: the next read is fresh
-                entry = cache.young.entries.get(datagram[2:])
-                if entry is not None and entry.plain:
-                    entry.hits += 1
-                    hits += 1
-                    try:  # noqa: SIM105 (suppress() costs 0.3 us here)
-                        send(datagram[:2] + entry.wire, peer)
-                    except OSError:
-                        pass  # as lost on the way; the client asks again
-                    continue
+        hits = 0
+        first = 0  # of those filled and not yet sent
+        at = to = 0  # where the slot's query and answer are
+        for slot, size in enumerate(sizes):
+            datagram = queries[at : at + size].tobytes()
+            entry = cache.young.entries.get(datagram[2:])
+            if entry is not None and entry.plain:
+                entry.hits += 1
+                hits += 1
+                size = entry.size
+                answers[to : to + size] = datagram[:2] + entry.wire
+                out[slot * step] = size
+            else:
                 now = time.monotonic()
-                self._slow(datagram, peer, now, None)
+                self._slot, self._filled = slot, False
+                self._slow(datagram, now)
                 spent += time.monotonic() - now
-        finally:
-            self._flush(self._burst)
-            self._burst = None
+                if not self._filled:
+                    room.send(fd, first, slot)
+                    first = slot + 1
+                elif slot - first >= BURST:
+                    room.send(fd, first, slot + 1)
+                    first = slot + 1
+            at += QUERY_ROOM
+            to += ANSWER_ROOM
+        room.send(fd, first, len(sizes))
         if hits:
             cache.repeats += hits
             cache.busy += time.monotonic() - began - spent
 
-    def _drain_wildcard(self) -> None:
-        receive = self.sock.recvmsg
-        space = socket.CMSG_SPACE(20)
-        for _ in range(BATCH):
-            try:
-                datagram, ancillary, _, peer = receive(MAX_QUERY, space)
-            except BlockingIOError:
-                return
-            except OSError:
-                continue
-            self._slow(datagram, peer, time.monotonic(), _source(ancillary))
-
-    def _slow(self, datagram: bytes, peer: Any, now: float, source: Any) -> None:
+    def _slow(self, datagram: bytes, now: float) -> None:
+        """Answer what does not leave from memory as it is."""
         cache = self.cache
-        key = datagram[2:]
-        entry = cache.young.entries.get(key) or cache.find(key)
+        peer = self._room.peer(self._slot)
+        source = self._room.source(self._slot)
+        entry = cache.find_spelt(datagram)
         if entry is not None:
-            wire = entry.wire if entry.plain else cache.repeat(entry, now)
+            wire = cache.repeat(entry, datagram, now)
             if wire is not None:
-                entry.hits += 1
-                self._send(datagram[:2] + wire, peer, source)
-                elapsed = time.monotonic() - now
-                cache.repeats += 1
-                cache.busy += elapsed
-                if entry.on_repeat is not None:
-                    try:
-                        for call in entry.on_repeat:
-                            call(peer[:2], int.from_bytes(datagram[:2], "big"), elapsed)
-                    except Exception:
-                        self.exchange.panic("a repeated question")
+                self._repeat(entry, wire, datagram, peer, source, now)
                 return
         try:
             query = parse_query(datagram, peer[:2], "udp", now)
         except WireError as e:
             if e.rcode is not None:
-                self._send(render_header_error(datagram, e.rcode), peer, source)
+                self._fill(render_header_error(datagram, e.rcode), peer, source)
             return
 
         def done(reply: Reply | Drop) -> None:
             if isinstance(reply, Reply):
                 # What it was made from may have changed while it was waited for.
                 reply.keep = 0.0
-                self._finish(key, query, reply, peer, source)
+                self._send(self._render(query, reply), peer, source)
 
         result = self.exchange.answer(query, done)
         if isinstance(result, Reply):
-            self._finish(key, query, result, peer, source)
+            wire = self._render(query, result)
+            self._fill(wire, peer, source)
+            if result.keep > 0:
+                cache.keep(datagram, query, wire, result, now)
 
-    def _finish(self, key: bytes, query: Query, reply: Reply, peer: Any, source: Any) -> None:
+    def _repeat(
+        self, entry: Entry, wire: bytes, datagram: bytes, peer: Any, source: Any, now: float
+    ) -> None:
+        entry.hits += 1
+        self._fill(wire, peer, source)
+        elapsed = time.monotonic() - now
+        self.cache.repeats += 1
+        self.cache.busy += elapsed
+        if entry.on_repeat is not None:
+            try:
+                for call in entry.on_repeat:
+                    call(peer[:2], int.from_bytes(datagram[:2], "big"), elapsed)
+            except Exception:
+                self.exchange.panic("a repeated question")
+
+    def _render(self, query: Query, reply: Reply) -> bytes:
         try:
-            wire = render_reply(query, reply)
+            return render_reply(query, reply)
         except Exception:
-            wire = self.exchange.render_panic(query)
             reply.keep = 0.0
-        self._send(wire, peer, source)
-        if reply.keep > 0:
-            self.cache.keep(key, wire[2:], reply, query.received)
+            return self.exchange.render_panic(query)
+
+    def _fill(self, wire: bytes, peer: Any, source: Any) -> None:
+        """Answer the slot in hand; it leaves with its neighbours where it has room there."""
+        slot, size = self._slot, len(wire)
+        if size > ANSWER_ROOM:
+            self._send(wire, peer, source)
+            return
+        to = slot * ANSWER_ROOM
+        self._room.answers[to : to + size] = wire
+        self._room.sizes[slot * self._room.step] = size
+        self._filled = True
 
     def _send(self, wire: bytes, peer: Any, source: Any) -> None:
-        burst = self._burst
-        if burst is not None:
-            burst.append((wire, peer))
-            if len(burst) >= BURST:
-                self._flush(burst)
-            return
         try:
             if source is None:
                 self.sock.sendto(wire, peer)
@@ -167,25 +174,3 @@ class UdpListener:
                 self.sock.sendmsg([wire], [source], 0, peer)
         except OSError:
             pass  # as lost on the way; the client asks again
-
-    def _flush(self, burst: list[tuple[bytes, Any]]) -> None:
-        send = self.sock.sendto
-        for wire, peer in burst:
-            try:  # noqa: SIM105 (suppress() costs 0.3 us here)
-                send(wire, peer)
-            except OSError:
-                pass  # as lost on the way; the client asks again
-        burst.clear()
-
-
-def _source(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, int, bytes] | None:
-    """Return what makes the kernel send from the address the query came to."""
-    for level, kind, value in ancillary:
-        if level == socket.IPPROTO_IP and kind == 8:
-            _, local, address = _PKTINFO.unpack(value[:12])
-            # ipi_spec_dst is the address to send from; the interface is left to routing.
-            return level, kind, _PKTINFO.pack(0, address if local == b"\0\0\0\0" else local, b"")
-        if level == socket.IPPROTO_IPV6 and kind == socket.IPV6_PKTINFO:
-            scoped = ipaddress.IPv6Address(value[:16]).is_link_local
-            return level, kind, value if scoped else value[:16] + bytes(4)
-    return None

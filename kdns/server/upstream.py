@@ -12,7 +12,9 @@ import logging
 import ssl
 from collections.abc import Callable
 
+from kdns.dns import ede
 from kdns.dns import types as t
+from kdns.dns.ede import Ede
 from kdns.dns.message import (
     AA,
     AD,
@@ -54,6 +56,32 @@ UNUSED = 60.0
 BUCKETS = tuple(0.00025 * 2**n for n in range(16))
 
 Done = Callable[[Reply], None]
+
+CLOSING = Ede(ede.NOT_READY, "kdns is shutting down")
+UPSTREAMS_SHOWN = 3
+# What an error text ends in -> info-code of RFC 8914, and how it is told.
+CAUSES = (
+    ("i/o timeout", ede.NO_REACHABLE_AUTHORITY, "timed out"),
+    ("connection refused", ede.NETWORK_ERROR, "refused the connection"),
+    ("unreachable", ede.NETWORK_ERROR, "is unreachable"),
+    ("no route to host", ede.NETWORK_ERROR, "is unreachable"),
+)
+
+
+def cause_of(error: str) -> tuple[int, str]:
+    """Return (info-code, words after the upstream's name) for the error of one try."""
+    for end, code, words in CAUSES:
+        if error.endswith(end):
+            return code, words
+    if error.startswith("bad message"):
+        return ede.INVALID_DATA, "sent a bad message"
+    return ede.NETWORK_ERROR, f"failed ({error.rpartition(': ')[2]})"
+
+
+def _for(rules: Upstreams, query: Query, why: Ede) -> Ede | None:
+    return why if query.edns is not None and rules.explains else None
+
+
 # What of a query's flags an upstream gets to see.
 _SENT = OPCODE | RD | AD | CD
 _KEPT = AA | TC | RA | AD
@@ -74,7 +102,11 @@ class UpstreamPool:
         group = self._groups.get(forward.upstreams)
         if group is None:
             if self._closed:
-                done(failure(t.SERVFAIL, "kdns is shutting down"))
+                done(
+                    failure(
+                        t.SERVFAIL, CLOSING.text, _for(forward.upstreams, forward.query, CLOSING)
+                    )
+                )
                 return
             group = self._open(forward.upstreams)
         group.ask(forward.query, done)
@@ -196,7 +228,7 @@ class Group:
         if rules.max_concurrent and self.busy >= rules.max_concurrent:
             self.counters.rejects.add()
             text = f"concurrent queries exceeded maximum {rules.max_concurrent}"
-            done(failure(t.REFUSED, text))
+            done(failure(t.REFUSED, text, _for(rules, query, Ede(ede.OTHER, text))))
             return
         self.used = self.loop.time()
         stream = rules.force_tcp or (query.proto != "udp" and not rules.prefer_udp)
@@ -221,6 +253,7 @@ class Group:
         flight = self.flights[key] = Flight(
             self, key, body, body[10 : end + 4], stream, query.limit, done
         )
+        flight.explains = query.edns is not None and rules.explains
         flight.go()
 
     def order(self) -> list[Server]:
@@ -244,7 +277,7 @@ class Group:
         for server in self.servers:
             dialling += server.close()
         for flight in list(self.flights.values()):
-            flight.give_up("kdns is shutting down")
+            flight.give_up(CLOSING.text)
         return dialling
 
 
@@ -468,9 +501,9 @@ class Flight(Errand):
     """One question at the upstreams, for everybody who asks it meanwhile."""
 
     __slots__ = (
-        "_attempts", "_began", "_deadline", "_downs", "_failovers", "_group", "_key",
+        "_attempts", "_began", "_deadline", "_downs", "_failovers", "_failures", "_group", "_key",
         "_limit", "_next", "_order", "_pause", "_reconnects", "_server", "_stream",
-        "_streaming", "waiters",
+        "_streaming", "explains", "waiters",
     )  # fmt: skip
 
     def __init__(
@@ -501,6 +534,8 @@ class Flight(Errand):
         self._began = group.used
         self._deadline = group.used + TOTAL
         self._pause: asyncio.TimerHandle | None = None
+        self._failures: dict[str, str] = {}  # upstream -> what became of it last
+        self.explains = False
 
     # --- whom to ask ----------------------------------------------------------------------
 
@@ -548,7 +583,10 @@ class Flight(Errand):
 
     def _send(self) -> str:
         self._began = self._group.loop.time()
-        return self._server.ask(self, self._streaming)
+        error = self._server.ask(self, self._streaming)
+        if error:
+            self._failures[self._server.label] = error
+        return error
 
     def _may_retry(self) -> bool:
         """Count a failed try; return False if it was the last."""
@@ -565,6 +603,7 @@ class Flight(Errand):
     # --- what came of it ------------------------------------------------------------------
 
     def failed(self, error: str, closed: bool) -> None:
+        self._failures[self._server.label] = error
         if closed and self._reconnects < MAX_RECONNECTS:
             self._reconnects += 1
             error = self._send()
@@ -634,7 +673,25 @@ class Flight(Errand):
     def give_up(self, error: str) -> None:
         if self._pause is not None:
             self._pause.cancel()
-        self._finish(failure(t.SERVFAIL, error))
+        self._finish(failure(t.SERVFAIL, error, self._why(error) if self.explains else None))
+
+    def _why(self, error: str) -> Ede:
+        """Say which upstream failed how, after how many seconds in all."""
+        group = self._group
+        if error == CLOSING.text:
+            return CLOSING
+        causes = {server: cause_of(text) for server, text in self._failures.items()}
+        seconds = group.loop.time() - self._deadline + TOTAL
+        if not causes:
+            healthy = "all upstreams are down by their health checks"
+            return Ede(ede.NO_REACHABLE_AUTHORITY, healthy)
+        # What happened last decides which kind of error it is.
+        code = causes.get(self._server.label, next(iter(causes.values())))[0]
+        told = ", ".join(
+            f"{server} {words}" for server, (_, words) in list(causes.items())[:UPSTREAMS_SHOWN]
+        )
+        more = ", ..." if len(causes) > UPSTREAMS_SHOWN else ""
+        return Ede(code, f"no answer after {seconds:.1f} s: {told}{more}")
 
     def _finish(self, reply: Reply) -> None:
         """Give every asker a reply of its own."""
@@ -643,6 +700,7 @@ class Flight(Errand):
             return
         waiters = self.waiters
         group.busy -= len(waiters)
+        reply.upstream = self._server.label
         replies = [reply.copy() for _ in waiters[1:]]
         replies.append(reply)
         for done, own in zip(waiters, replies, strict=True):

@@ -8,15 +8,18 @@ and reverse. It is changed only by update(), between queries.
 from __future__ import annotations
 
 import ipaddress
+from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from kdns.dns.name import name_of
 from kdns.dns.reverse import IN_ADDR, IP6_ARPA, reverse_name
-from kdns.registry.objects import Namespace, Pod
+from kdns.registry.endpoints import is_published
+from kdns.registry.objects import EndpointSlice, Namespace, Pod, ServiceSpec
 from kdns.registry.selectors import Selector
 from kdns.registry.snapshot import Changes, Snapshot
+from kdns.zone.nearest import NameIndex
 from kdns.zone.records import (
     SVC,
     Item,
@@ -28,6 +31,12 @@ from kdns.zone.records import (
 
 POD = b"pod"
 SOA_DEP = "soa"  # every answer with the zone's SOA in it depends on the serial
+# What hints in answers depend on besides: which namespaces there are; ("names", namespace):
+# which Services it has, ("imports", namespace): which ServiceImports; ("named", name): which
+# namespaces have a Service of that name.
+NAMESPACES_DEP = ("namespaces",)
+# Namespaces with a Service of the same name that are looked at for a hint.
+PLACES = 8
 Dep: TypeAlias = Hashable
 
 
@@ -96,6 +105,13 @@ class ClusterRecords:
         self._pods: dict[str, dict[tuple[str, str], Pod]] = {}
         self._pod_ip: dict[tuple[str, str], str] = {}
         self._suffixes: dict[bytes, int] = {}  # strict only: reverse empty non-terminals
+        # For hints. Sorted namespaces that have a Service of a name, and names by likeness.
+        self._places: dict[bytes, list[bytes]] = {}
+        self._near_namespaces = NameIndex(self._namespaces)
+        self._near_services: dict[bytes, NameIndex] = {}
+        self._near_imports: dict[bytes, NameIndex] = {}
+        self._snapshot = Snapshot()
+        self._ready: dict[tuple[bytes, bytes, bool], tuple[int, int]] = {}
 
     # --- compiling --------------------------------------------------------------------
 
@@ -110,25 +126,30 @@ class ClusterRecords:
             self.serial, self.imports_serial = serials
             deps.append(SOA_DEP)
         self.revision = snapshot.revision
+        self._snapshot = snapshot
         for name in changes.namespaces:
-            deps.append(self._update_namespace(name, snapshot.namespaces.get(name)))
+            deps += self._update_namespace(name, snapshot.namespaces.get(name))
         for namespace, name in changes.services:
             deps += self._update_service(snapshot, namespace, name)
         if self.options.imports:
             for namespace, name in changes.imports:
-                deps.append(self._update_import(snapshot, namespace, name))
+                deps += self._update_import(snapshot, namespace, name)
         if self.options.pods == "verified":
             for key in changes.pods:
                 deps += self._update_pod(key, snapshot.pods.get(key[0], {}).get(key[1]))
         return deps
 
-    def _update_namespace(self, name: str, namespace: Namespace | None) -> Dep:
+    def _update_namespace(self, name: str, namespace: Namespace | None) -> tuple[Dep, ...]:
         key = name.lower().encode()
+        before = self._namespaces.get(key)
         if namespace is None:
             self._namespaces.pop(key, None)
         else:
             self._namespaces[key] = self._is_exposed(name, namespace)
-        return (key,)
+        if self._namespaces.get(key) == before:
+            return ((key,),)
+        self._near_namespaces.changed(key)
+        return (key,), NAMESPACES_DEP
 
     def _is_exposed(self, name: str, namespace: Namespace) -> bool:
         options = self.options
@@ -140,6 +161,7 @@ class ClusterRecords:
     def _update_service(self, snapshot: Snapshot, namespace: str, name: str) -> list[Dep]:
         ns_key, key = namespace.lower().encode(), name.lower().encode()
         deps: list[Dep] = [(ns_key, key)]
+        self._ready.pop((ns_key, key, False), None)
         old = self._services.get(ns_key, {}).get(key)
         service = snapshot.services.get(namespace, {}).get(name)
         new = None
@@ -163,11 +185,27 @@ class ClusterRecords:
             del self._services[ns_key][key]
             if not self._services[ns_key]:
                 del self._services[ns_key]
+        if (old is None) != (new is None):
+            self._place(ns_key, key, there=new is not None)
+            _note(self._near_services, self._services, ns_key, key)
+            deps += (("names", ns_key), ("named", key))
         return deps
 
-    def _update_import(self, snapshot: Snapshot, namespace: str, name: str) -> Dep:
+    def _place(self, namespace: bytes, name: bytes, there: bool) -> None:
+        """Note that a namespace has, or has no more, a Service of this name."""
+        places = self._places.setdefault(name, [])
+        if there:
+            insort(places, namespace)
+        else:
+            del places[bisect_left(places, namespace)]
+            if not places:
+                del self._places[name]
+
+    def _update_import(self, snapshot: Snapshot, namespace: str, name: str) -> tuple[Dep, ...]:
         ns_key, key = namespace.lower().encode(), name.lower().encode()
         dep: Dep = ("import", ns_key, key)
+        self._ready.pop((ns_key, key, True), None)
+        was_there = key in self._imports.get(ns_key, {})
         one = snapshot.imports.get(namespace, {}).get(name)
         if one is not None:
             options = self.options
@@ -180,11 +218,14 @@ class ClusterRecords:
             )
             records.deps = (dep, (ns_key,))
             self._imports.setdefault(ns_key, {})[key] = records
-        elif key in self._imports.get(ns_key, {}):
+        elif was_there:
             del self._imports[ns_key][key]
             if not self._imports[ns_key]:
                 del self._imports[ns_key]
-        return dep
+        if was_there == (one is not None):
+            return (dep,)
+        _note(self._near_imports, self._imports, ns_key, key)
+        return dep, ("imports", ns_key)
 
     def _index(self, records: ServiceRecords, add: bool) -> Iterator[Dep]:
         """Enter or remove a Service's addresses; yield the deps of their PTR answers."""
@@ -437,6 +478,68 @@ class ClusterRecords:
         ]
         yield from sorted(found, key=lambda r: (r.name, r.namespace))
 
+    # --- for hints --------------------------------------------------------------------
+
+    def is_exposed(self, namespace: bytes) -> bool:
+        """True if the namespace is there and may be shown."""
+        return bool(self._namespaces.get(namespace))
+
+    def service(self, namespace: bytes, name: bytes, imported: bool) -> ServiceRecords | None:
+        """Return a Service, or a ServiceImport, of an exposed namespace."""
+        if not self._namespaces.get(namespace):
+            return None
+        return (self._imports if imported else self._services).get(namespace, {}).get(name)
+
+    def near_namespaces(self, name: bytes) -> tuple[list[bytes], tuple[Dep, ...]]:
+        """Return the exposed namespaces whose names are nearest to `name`, and the deps."""
+        found = self._near_namespaces.nearest(name)
+        return [one for one in found if self._namespaces.get(one)], (NAMESPACES_DEP,)
+
+    def near_services(
+        self, namespace: bytes, name: bytes, imported: bool
+    ) -> tuple[list[bytes], tuple[Dep, ...]]:
+        """Return the names of a namespace's Services nearest to `name`, and the deps."""
+        table = self._imports if imported else self._services
+        deps: tuple[Dep, ...] = (("imports" if imported else "names", namespace),)
+        names = table.get(namespace)
+        if names is None:
+            return [], deps
+        indexes = self._near_imports if imported else self._near_services
+        index = indexes.get(namespace)
+        if index is None:
+            index = indexes[namespace] = NameIndex(names)
+        return index.nearest(name), deps
+
+    def places_of(self, name: bytes) -> tuple[list[bytes], tuple[Dep, ...]]:
+        """Return the exposed namespaces that have a Service of this name, in order and as far
+        as a hint needs them, and the deps."""
+        places = self._places.get(name)
+        if places is None:
+            return [], (("named", name),)
+        seen = places[:PLACES]
+        deps = (("named", name), *[(one,) for one in seen])
+        return [one for one in seen if self._namespaces.get(one)], deps
+
+    def readiness(self, records: ServiceRecords, imported: bool) -> tuple[int, int] | None:
+        """Return (endpoints that are ready, all endpoints); None if endpoints are not
+        followed. A Pod with an address of either family counts once."""
+        if not self.options.endpoints:
+            return None
+        key = (records.namespace, records.name, imported)
+        found = self._ready.get(key)
+        if found is None:
+            namespace, name = records.namespace.decode(), records.name.decode()
+            table = self._snapshot.import_slices if imported else self._snapshot.slices
+            found = count_ready(table.get(namespace, {}).get(name, ()))
+            self._ready[key] = found
+        return found
+
+    def spec_of(self, records: ServiceRecords) -> ServiceSpec | None:
+        """Return the Service's spec."""
+        namespace, name = records.namespace.decode(), records.name.decode()
+        service = self._snapshot.services.get(namespace, {}).get(name)
+        return None if service is None else service.spec
+
     def services_of(self, addresses: Iterable[bytes]) -> list[ServiceRecords]:
         """Return the Services that have one of these addresses as an endpoint: the Service
         this very server stands behind (reference 1.10)."""
@@ -446,6 +549,53 @@ class ClusterRecords:
                 if labels is not None:
                     out[namespace, name] = self._services[namespace][name]
         return [out[key] for key in sorted(out)]
+
+
+def _note(
+    indexes: dict[bytes, NameIndex],
+    table: Mapping[bytes, Mapping[bytes, ServiceRecords]],
+    namespace: bytes,
+    name: bytes,
+) -> None:
+    """Let the index of a namespace's names know that one came or went."""
+    index = indexes.get(namespace)
+    if index is None:
+        return
+    if namespace in table:
+        index.changed(name)
+    else:
+        del indexes[namespace]
+
+
+def count_ready(slices: Iterable[EndpointSlice]) -> tuple[int, int]:
+    """Return (ready, all) of the family that has more endpoints."""
+    counts: dict[str, tuple[int, int]] = {}
+    for one in slices:
+        endpoints = one.endpoints or ()
+        ready, total = counts.get(one.address_type, (0, 0))
+        counts[one.address_type] = (
+            ready + sum(map(is_published, endpoints)),
+            total + len(endpoints),
+        )
+    return max(counts.values(), key=lambda pair: (pair[1], pair[0]), default=(0, 0))
+
+
+def describe_dep(dep: Dep) -> str:
+    """Return which object a dep stands for, as people write it ("Service default/web"); empty
+    where it stands for none (the SOA's serial, the set of names in a namespace)."""
+    if isinstance(dep, bytes):
+        return f"address {ipaddress.ip_address(dep)}"
+    if not isinstance(dep, tuple):
+        return ""
+    kind, *rest = dep
+    if kind == "pod":
+        return f"Pod {rest[0]}"
+    names = "/".join(part.decode("utf-8", "replace") for part in dep if isinstance(part, bytes))
+    if kind == "import":
+        return f"ServiceImport {names}"
+    if isinstance(kind, bytes):
+        return f"{'Service' if rest else 'Namespace'} {names}"
+    return ""
 
 
 def parse_ip(text: str) -> bytes | None:

@@ -1,0 +1,218 @@
+"""Many datagrams a system call: Linux's recvmmsg and sendmmsg, through ctypes.
+
+Decides how room for datagrams is laid out in memory and nothing about what is in them. A slot
+holds one datagram that came, whom it came from, and the answer that leaves to the same peer
+(and, where a socket is bound to the wildcard address, from the address that was asked).
+
+Why not the socket module: a call a datagram each way is a quarter of what an answer from memory
+costs (bench/RESULTS.md, repeated questions).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import ipaddress
+import socket
+import struct
+import weakref
+from typing import Any, Final
+
+SLOTS: Final = 64
+# Octets of a slot, each way. A query larger than this is no query (CoreDNS reads 512 octets);
+# an answer larger than its slot leaves by itself.
+QUERY_ROOM: Final = 2048
+ANSWER_ROOM: Final = 4096
+# IP_PKTINFO, which the socket module names from Python 3.14 on.
+IP_PKTINFO: Final = getattr(socket, "IP_PKTINFO", 8)
+
+Ancillary = tuple[int, int, bytes]
+
+
+class _Vector(ctypes.Structure):  # struct iovec
+    _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+
+class _Header(ctypes.Structure):  # struct msghdr
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("name_size", ctypes.c_uint),
+        ("vectors", ctypes.c_void_p),
+        ("vector_count", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("control_size", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+    )
+
+
+class _Message(ctypes.Structure):  # struct mmsghdr
+    _fields_ = (("header", _Header), ("size", ctypes.c_uint))
+
+
+# Not CDLL: neither call ever blocks, so giving up the interpreter's lock would be for nothing.
+_libc = ctypes.PyDLL(None, use_errno=True)
+_recvmmsg = _libc.recvmmsg
+_recvmmsg.argtypes = (
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p,
+)  # fmt: skip
+_sendmmsg = _libc.sendmmsg
+_sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
+
+_WORDS: Final = ctypes.sizeof(_Message) // 4
+_SIZE_WORD: Final = _Message.size.offset // 4
+_VECTOR_WORDS: Final = ctypes.sizeof(_Vector) // ctypes.sizeof(ctypes.c_size_t)
+# sockaddr_in and sockaddr_in6: family, port, address (behind the flow label), scope
+_PEER4: Final = struct.Struct("=H2s4s")
+_PEER6: Final = struct.Struct("=H2sI16sI")
+_SOCKADDR: Final[dict[int, int]] = {socket.AF_INET: 16, socket.AF_INET6: 28}
+# struct in_pktinfo: index, local address, address in the header; in6_pktinfo: address, index
+_PKTINFO4: Final = struct.Struct("=I4s4s")
+_PKTINFO6: Final = struct.Struct("=16sI")
+_CMSG: Final = ctypes.sizeof(ctypes.c_size_t) + 8  # struct cmsghdr: size, level, kind
+_CONTROL: Final[dict[int, int]] = {
+    socket.AF_INET: socket.CMSG_SPACE(_PKTINFO4.size),
+    socket.AF_INET6: socket.CMSG_SPACE(_PKTINFO6.size),
+}
+
+
+class Datagrams:
+    """Room for SLOTS datagrams and their answers. Sockets of one family may share it, one at a
+    time.
+
+    queries -- octets that came: slot i from i * QUERY_ROOM on
+    answers -- octets to send: slot i from i * ANSWER_ROOM on
+    sizes   -- how many of them: set sizes[i * step]
+    sourced -- answers leave from the address that was asked (want_source() on each socket)
+    """
+
+    def __init__(self, family: int, sourced: bool = False) -> None:
+        self._family = family
+        self._sourced = sourced
+        self._name_room = _SOCKADDR[family]
+        self._control_room = _CONTROL[family]
+        self._names = bytearray(SLOTS * self._name_room)
+        self._controls = bytearray(SLOTS * self._control_room)
+        self._queries = bytearray(SLOTS * QUERY_ROOM)
+        self._answers = bytearray(SLOTS * ANSWER_ROOM)
+        self.queries = memoryview(self._queries)
+        self.answers = memoryview(self._answers)
+        self._into = (_Vector * SLOTS)()
+        self._outof = (_Vector * SLOTS)()
+        self._in = (_Message * SLOTS)()
+        self._out = (_Message * SLOTS)()
+        self._lay_out()
+        self._in_at = ctypes.addressof(self._in)
+        self._out_at = ctypes.addressof(self._out)
+        self._came = memoryview(self._in).cast("B").cast("I")
+        self.sizes = memoryview(self._outof).cast("B").cast("P")[1:]
+        self.step = _VECTOR_WORDS
+        # The kernel writes into a header what it got; this is what it must find again.
+        self._fresh = bytes(memoryview(self._in).cast("B"))
+
+    def _lay_out(self) -> None:
+        names, controls = _address(self._names), _address(self._controls)
+        queries, answers = _address(self._queries), _address(self._answers)
+        for i in range(SLOTS):
+            self._into[i] = _Vector(queries + i * QUERY_ROOM, QUERY_ROOM)
+            self._outof[i] = _Vector(answers + i * ANSWER_ROOM, 0)
+            for messages, vectors in ((self._in, self._into), (self._out, self._outof)):
+                header = messages[i].header
+                header.name = names + i * self._name_room
+                header.name_size = self._name_room
+                header.vectors = ctypes.addressof(vectors[i])
+                header.vector_count = 1
+                if self._sourced:
+                    header.control = controls + i * self._control_room
+                    header.control_size = self._control_room
+
+    def receive(self, fd: int) -> list[int]:
+        """Take what has come, up to SLOTS datagrams; return their sizes in octets."""
+        if self._sourced:
+            ctypes.memmove(self._in_at, self._fresh, len(self._fresh))
+        count = _recvmmsg(fd, self._in_at, SLOTS, socket.MSG_DONTWAIT, None)
+        if count <= 0:
+            return []
+        if self._sourced:
+            self._turn_round(count)
+        return self._came[_SIZE_WORD : _WORDS * count : _WORDS].tolist()
+
+    def _turn_round(self, count: int) -> None:
+        """Make of where datagrams came to where their answers leave from."""
+        controls, room = self._controls, self._control_room
+        if self._family == socket.AF_INET:
+            for at in range(_CMSG, count * room, room):
+                _, local, address = _PKTINFO4.unpack_from(controls, at)
+                # ipi_spec_dst is the address to send from; the interface is left to routing.
+                _PKTINFO4.pack_into(controls, at, 0, local if any(local) else address, b"")
+            return
+        for at in range(_CMSG, count * room, room):
+            # Only a link-local address needs its interface.
+            if controls[at] != 0xFE or controls[at + 1] & 0xC0 != 0x80:
+                controls[at + 16 : at + 20] = b"\0\0\0\0"
+
+    def peer(self, slot: int) -> Any:
+        """Return whom a slot's datagram came from, as the socket module writes it."""
+        at = slot * self._name_room
+        if self._family == socket.AF_INET:
+            _, port, address = _PEER4.unpack_from(self._names, at)
+            return socket.inet_ntoa(address), int.from_bytes(port, "big")
+        _, port, flow, address, scope = _PEER6.unpack_from(self._names, at)
+        text = socket.inet_ntop(socket.AF_INET6, address)
+        if scope and ipaddress.IPv6Address(address).is_link_local:
+            text = f"{text}%{_interface(scope)}"
+        return text, int.from_bytes(port, "big"), socket.ntohl(flow), scope
+
+    def source(self, slot: int) -> Ancillary | None:
+        """Return what makes sendmsg() send from the address that was asked."""
+        if not self._sourced:
+            return None
+        at = slot * self._control_room + _CMSG
+        if self._family == socket.AF_INET:
+            return socket.IPPROTO_IP, IP_PKTINFO, bytes(self._controls[at : at + _PKTINFO4.size])
+        data = bytes(self._controls[at : at + _PKTINFO6.size])
+        return socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, data
+
+    def send(self, fd: int, first: int, end: int) -> None:
+        """Send the answers of slots `first` to `end`, which is not one of them. What cannot be
+        sent is as lost on the way: the client asks again."""
+        while first < end:
+            sent = _sendmmsg(fd, self._out_at + first * _WORDS * 4, end - first, 0)
+            if sent > 0:
+                first += sent
+            elif ctypes.get_errno() != errno.EINTR:
+                first += 1  # this one is refused; the next may not be
+
+
+def want_source(sock: socket.socket) -> None:
+    """Have the kernel tell which address each datagram was sent to."""
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+
+
+_Rooms = dict[tuple[int, bool], Datagrams]
+_shared: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Rooms] = weakref.WeakKeyDictionary()
+
+
+def room_for(loop: asyncio.AbstractEventLoop, sock: socket.socket, sourced: bool) -> Datagrams:
+    """Return the room that the sockets of a family share in one event loop: they are read one
+    after the other, and nothing stays in it in between."""
+    rooms = _shared.setdefault(loop, {})
+    key = (sock.family, sourced)
+    found = rooms.get(key)
+    if found is None:
+        found = rooms[key] = Datagrams(*key)
+    return found
+
+
+def _address(buffer: bytearray) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def _interface(index: int) -> str:
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return str(index)
