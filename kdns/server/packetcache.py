@@ -38,11 +38,12 @@ class Entry:
     size  -- octets of the whole answer
     wire  -- for `plain` ones: all of it behind the ID
     plain -- nothing to do for a repeat but to count and send; it fits the room for answers
+    template -- for those that would be plain if they were of one spelling
     """
 
     __slots__ = (
         "deps", "expires", "hits", "key", "made", "next", "on_repeat", "orders", "plain", "size",
-        "tally", "wire",
+        "tally", "template", "wire",
     )  # fmt: skip
 
     def __init__(self, key: bytes, made: Made, reply: Reply, now: float) -> None:
@@ -60,13 +61,14 @@ class Entry:
         self.made = made
         self.wire = made if isinstance(made, bytes) else b""
         self.size = len(made) + 2 if isinstance(made, bytes) else made.size
-        self.plain = (
+        simple = (
             self.orders is None
             and self.on_repeat is None
             and self.expires == FOREVER
-            and isinstance(made, bytes)
             and self.size <= ANSWER_ROOM
         )
+        self.plain = simple and isinstance(made, bytes)
+        self.template = made if simple and isinstance(made, Template) else None
 
     def spelt(self, key: bytes, wire: bytes) -> Entry:
         """Return the entry for one spelling of the question."""
@@ -136,10 +138,15 @@ class PacketCache:
         if isinstance(made, bytes):
             return datagram[:2] + made
         wire = made.fill(datagram)
-        # The same spelling again and again has an entry of its own, which is quicker.
-        if orders is None and self._asked_before(datagram[2:]):
-            self._insert(entry.spelt(datagram[2:], wire[2:]))
+        if orders is None:
+            self.note_spelling(entry, datagram, wire)
         return wire
+
+    def note_spelling(self, entry: Entry, datagram: bytes, wire: bytes) -> None:
+        """Give a spelling that comes again and again an entry of its own, which is quicker."""
+        key = datagram[2:]
+        if self._asked_before(key):
+            self._insert(entry.spelt(key, wire[2:]))
 
     def keep(self, datagram: bytes, query: Query, wire: bytes, reply: Reply, now: float) -> None:
         """Remember an answer that may be repeated, if its question has been asked before."""

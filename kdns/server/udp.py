@@ -16,6 +16,7 @@ from kdns.errors import WireError
 from kdns.plugins.plugin import Drop
 from kdns.server.datagrams import ANSWER_ROOM, QUERY_ROOM, SLOTS, room_for, want_source
 from kdns.server.exchange import Exchange
+from kdns.server.folding import fold
 from kdns.server.packetcache import Entry, PacketCache
 
 # How often the room for datagrams is filled before timers and other sockets get their turn.
@@ -24,6 +25,8 @@ RECEIVE_BUFFER = 4 << 20
 # Answers from the chain leave in bursts of up to this many: each lone datagram would wake its
 # receiver, which costs more than making the answer. 16 answers take about 0.2 ms.
 BURST = 16
+# Every so many answers from a template it is seen whether it is always the same spelling.
+LOOK_AT_SPELLING = 8
 
 
 class UdpListener:
@@ -84,6 +87,18 @@ class UdpListener:
                 size = entry.size
                 answers[to : to + size] = datagram[:2] + entry.wire
                 out[slot * step] = size
+            elif (
+                entry is None
+                and (entry := cache.young.entries.get(fold(datagram))) is not None
+                and (template := entry.template) is not None
+            ):
+                wire = template.fill(datagram)
+                answers[to : to + template.size] = wire
+                out[slot * step] = template.size
+                entry.hits += 1
+                hits += 1
+                if not entry.hits % LOOK_AT_SPELLING:
+                    cache.note_spelling(entry, datagram, wire)
             else:
                 now = time.monotonic()
                 self._slot, self._filled = slot, False
