@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ipvs lint format bench lock clean
+.PHONY: help demo test test-ipvs lint format bench bench-compare lock clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/pip:
 	@$(PYTHON) .ci/make_venv.py $(VENV)
@@ -42,6 +42,9 @@ format: $(STAMP) ## let ruff put the code in order
 
 bench: $(STAMP) ## measure (needs dnsperf); writes bench/RESULTS.md
 	$(BIN)/python bench/run.py
+
+bench-compare: $(STAMP) ## measure names and print the change since BASE=commit (HEAD)
+	$(BIN)/python bench/run.py --only names --compare $(or $(BASE),HEAD)
 
 lock: ## resolve the newest versions into requirements.lock
 	@$(PYTHON) .ci/make_venv.py $(VENV).lock
