@@ -2,8 +2,8 @@
 
 Names (bench/names.py): kdns, CoreDNS, NSD, Knot DNS, Unbound and a bare UDP echo in C, where
 they are on PATH; forwarding (bench/proxy.py): beside kube-proxy; the userspace mode's
-(bench/userspace.py); the gate's (bench/gate.py); the embedded API's (bench/api.py). Only ratios within one run
-carry over from machine to machine. Writes bench/RESULTS.md, bench/results.json and
+(bench/userspace.py); the gate's (bench/gate.py); the embedded API's (bench/api.py). Only ratios
+within one run carry over from machine to machine. Writes bench/RESULTS.md, bench/results.json and
 bench/results.svg; what was not run keeps what stood there.
 """
 

@@ -21,9 +21,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from kdns.control import Facts, facts_of, serving_control
 from kdns.errors import ConfigError, KdnsError, Problem
 from kdns.kernel import modes, sysctl
 from kdns.kernel.conntrack import FlowCleaner
+from kdns.kernel.destinations import used_places
 from kdns.kernel.healthcheck import NodeHttp, ServiceHealthServers
 from kdns.kernel.modes import Relaying, Way
 from kdns.kernel.netlink import default_address, node_addresses
@@ -31,15 +33,17 @@ from kdns.kernel.programs import find_programs
 from kdns.kernel.sync import SyncLoop, Timing
 from kdns.logs import JsonFormatter, setup_logging
 from kdns.metrics import Metrics
-from kdns.pipeline import Pipeline, Words
+from kdns.pipeline import Pipeline, Words, gauge_draining, gauge_revisions
 from kdns.proxy import config as settings
 from kdns.proxy.config import LocalAddress, Mode, ProxyConfig
+from kdns.proxy.drain import LOOK, Drain, Place, Policy
 from kdns.proxy.flags import Parsed, parse_flags, settle
 from kdns.proxy.health import NodeHealth, Times, health_check_ports
 from kdns.proxy.iptables import render_rules
 from kdns.proxy.options import Family, NodeView, Options
 from kdns.proxy.table import ForwardingTable, TableCompiler, conflicts, dump_table
 from kdns.registry.decode import TRIGGER_TIME
+from kdns.registry.gate import KernelChanges
 from kdns.registry.objects import EndpointSlice, Key, Node
 from kdns.registry.snapshot import Changes, Snapshot, everything
 from kdns.registry.spec import KubeSpec, ManifestSpec
@@ -56,6 +60,10 @@ WORDS = Words(
 NET_ADMIN = 12  # linux/capability.h
 CONFIG_LOOK = 2.0  # seconds between two looks at the configuration file
 MOST_TRIGGERS = 100  # changes of a Service on their way that are timed, should syncs fail
+REST_SHARE = 8.0  # a sync rests for this part of what names wait, at most
+# Seconds that a new Service's rules wait for its slices, which come a moment after it: to write
+# first that it has none would cost its name the time of a second sync.
+BARE_WAIT = 0.02
 MOST_CONFLICTS = 20  # told in the log; `kdns rules` tells them all
 # Seconds, as kube-proxy's network_programming_duration_seconds: 0.25 to 60.
 LATENCY_BUCKETS = (0.25, 0.5, *(float(n) for n in (*range(1, 60), *range(60, 301, 30))))
@@ -68,6 +76,9 @@ class _Side:
 
     options   -- those its rules are written with, for as long as it runs
     triggered -- Unix seconds of changes that are on their way to the kernel, by Service
+    drain     -- the compiler's table with what is kept beside it: the kernel's
+    unasked   -- Services whose rules are others, and that no sync was asked for yet; how many
+                 Services and slices have changed since
     synced    -- the table that the kernel holds
     claims_changed -- a Service did, and with it perhaps who claims what
     conflicts -- what was told of claims
@@ -76,9 +87,13 @@ class _Side:
     family: Family
     options: Options
     compiler: TableCompiler
+    drain: Drain
     loop: SyncLoop
     cleaner: FlowCleaner
     triggered: dict[Key, deque[float]] = field(default_factory=dict)
+    unasked: set[Key] = field(default_factory=set)
+    services: int = 0
+    endpoints: int = 0
     synced: ForwardingTable | None = None
     claims_changed: bool = True
     conflicts: frozenset[str] = frozenset()
@@ -93,6 +108,9 @@ class Agent:
     once   -- leave after the first sync
     follow -- runs the registry's source
     relaying -- of the userspace mode
+    pipeline -- somebody else's, whose kernel side this is; None: the agent follows its own
+    drain  -- what ends the rules of a Service that is gone
+    longest_ttl -- seconds that somebody may remember its name
     """
 
     def __init__(
@@ -105,8 +123,14 @@ class Agent:
         once: bool = False,
         follow: Follow = follow,
         relaying: Relaying | None = None,
+        pipeline: Pipeline | None = None,
+        drain: Policy = "none",
+        longest_ttl: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._follow = follow
+        self.pipeline = pipeline
+        self._policy: Policy = drain
+        self._longest_ttl = longest_ttl
         self._relaying = relaying or Relaying()
         self.config = config
         self.node = node
@@ -125,6 +149,7 @@ class Agent:
         self._local: tuple[LocalAddress, ...] = ()
         self._default: dict[Family, str] = {}  # the address of the default route
         self._snapshot = Snapshot()
+        self._kept = asyncio.Event()  # what is kept may be other
         self._stop = asyncio.Event()
         self._why = ""  # if it is for a reason that the operator must hear of
         self._group: asyncio.TaskGroup | None = None
@@ -176,21 +201,30 @@ class Agent:
     async def _forward(self, group: asyncio.TaskGroup) -> None:
         assert self._http is not None
         await self._http.start()
-        pipeline = Pipeline(Store(self._spec.kinds), lambda deps: None, words=WORDS)
+        own = self.pipeline is None
+        pipeline = self.pipeline or Pipeline(
+            Store(self._spec.kinds), lambda deps: None, words=WORDS
+        )
+        self.pipeline = pipeline
         self._gauge_age(pipeline)
         self._gauge_policies()
-        pipeline.subscribe(self._publish)
+        gauge_revisions(self.metrics, pipeline.revisions)
+        gauge_draining(self.metrics, self.draining)
         # While the registry is listed.
         self._looked = group.create_task(self._look(), name="look")
+        pipeline.attach(self._take, self.draining)
         tasks = [
-            group.create_task(self._follow(self._spec, pipeline, self.metrics)),
             group.create_task(self._watch_config()),
             group.create_task(self._http.run()),
             group.create_task(self._serve_checks()),
+            group.create_task(self._end_drains()),
         ]
+        if own:
+            tasks.append(group.create_task(self._follow(self._spec, pipeline, self.metrics)))
         try:
             await self._stop.wait()
         finally:
+            pipeline.detach(self._take)
             for task in tasks:
                 task.cancel()
 
@@ -216,6 +250,14 @@ class Agent:
         """Remove what this run wrote, when it has ended. Raises ApplyError."""
         if self._way.writes:
             await modes.CLEANERS[self.config.mode](families_here())
+
+    def facts(self) -> Facts:
+        """Return what the control socket of an agent alone tells."""
+        cidr = ",".join(self.config.cluster_cidrs)
+        return facts_of(
+            "proxy", lambda: self.pipeline, node=self.node, mode=self.config.mode,
+            cluster_cidr=cidr,
+        )  # fmt: skip
 
     def health_now(self) -> bool:
         """Say whether the node's rules are, or soon will be, what they must be."""
@@ -268,35 +310,72 @@ class Agent:
 
     # --- the registry changes ---------------------------------------------------------
 
-    def _publish(self, snapshot: Snapshot, changes: Changes, now: float) -> tuple[()]:
-        """Take over a snapshot: ask every family for the rules it makes."""
+    def _take(self, snapshot: Snapshot, changes: Changes, now: float) -> KernelChanges:
+        """Take over a snapshot: ask every family for the rules it makes. Return, by family,
+        whose rules are others now."""
         if not snapshot.synced:
-            return ()
+            return {}
         before, self._snapshot = self._snapshot, snapshot
         node = snapshot.nodes.get(self.node)
         self.health.sync_node(node)
         if not self.sides:
             if not self._begin(node):
-                return ()
+                return {}
             changes, before = everything(snapshot), Snapshot()
         first = not before.synced
         services, slices = _count(before, snapshot, changes.services)
+        found: dict[Family, Collection[Key]] = {}
         for side in self.sides.values():
             view = self._view(side.family, node)
             moved = view.topology_zone != side.compiler.node.topology_zone
             changed = side.compiler.update(snapshot, changes, view)
+            changed = found[side.family] = side.drain.update(
+                side.compiler.table, changed, changes.services, before, snapshot, view,
+                time.monotonic(), self._keep_seconds(),
+            )  # fmt: skip
             side.claims_changed |= services > 0
             if not first:
                 self._note_triggers(side, before, snapshot, changed)
-            if changed or first or moved:
-                side.loop.request(
-                    side.compiler.table, changed, full=moved, services=services, endpoints=slices
-                )
+            if not (changed or first or moved or changes.service_cidrs):
+                continue
+            side.services += services
+            side.endpoints += slices
+            side.unasked.update(changed)
+            if first or moved or changes.service_cidrs:
+                self._ask(side, full=moved)
+            elif self._names_wait() and all(_is_bare(snapshot, key) for key in side.unasked):
+                asyncio.get_running_loop().call_later(BARE_WAIT, self._ask_late, side)
+            else:
+                self._ask(side)
         if node is not None and not first:
             self._check_options(node)
         if first:
             self._tell_first()
-        return ()
+        self._kept.set()
+        return found
+
+    def _ask(self, side: _Side, full: bool = False) -> None:
+        """Have what changed written."""
+        side.loop.request(
+            side.drain.table, side.unasked, full=full, services=side.services,
+            endpoints=side.endpoints,
+        )  # fmt: skip
+        side.unasked.clear()
+        side.services = side.endpoints = 0
+
+    def _ask_late(self, side: _Side) -> None:
+        """Have written what waited for its slices, if it still does."""
+        if side.unasked and not self._stop.is_set():
+            self._ask(side)
+
+    def _names_wait(self) -> bool:
+        return self.pipeline is not None and self.pipeline.gate is not None
+
+    def _keep_seconds(self) -> float:
+        """Return how long a Service that is gone may be remembered: as long as DNS says, from
+        when it was shown last, which may be until the gate opens."""
+        gate = self.pipeline.gate if self.pipeline is not None else None
+        return self._longest_ttl() + (gate.timeout if gate is not None else 0.0)
 
     def _begin(self, node: Node | None) -> bool:
         """Make the sides, now that the registry is known. False: the Node must be known too."""
@@ -321,6 +400,10 @@ class Agent:
             timing = Timing(
                 sync_period=self.config.sync_period, min_sync_period=self.config.min_sync_period
             )
+            gate = self.pipeline.gate if self.pipeline is not None else None
+            if gate is not None:
+                # Names wait for what comes while it rests.
+                timing = replace(timing, rest=min(timing.rest, gate.timeout / REST_SHARE))
             loop = SyncLoop(
                 dataplane,
                 family,
@@ -330,10 +413,13 @@ class Agent:
                 on_failed=self._sync_failed,
             )
             loop.warnings += self._way.warnings
+            view = self._view(family, node)
+            compiler = TableCompiler(family, view)
             side = _Side(
                 family,
                 options,
-                TableCompiler(family, self._view(family, node)),
+                compiler,
+                Drain(compiler.table, view, self._policy),
                 loop,
                 FlowCleaner(options, self.metrics),
             )
@@ -406,6 +492,52 @@ class Agent:
                 FAMILY_LABEL[side.family], len(table.services), table.endpoints,
             )  # fmt: skip
 
+    # --- what is kept beside the registry -----------------------------------------------
+
+    async def _end_drains(self) -> None:
+        """Take away the rules of Services that are gone, when nobody needs them any more."""
+        while True:
+            self._kept.clear()
+            due = [at for side in self.sides.values() if (at := side.drain.deadline()) is not None]
+            if not due:
+                await self._kept.wait()
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, min(due) - time.monotonic())):
+                    await self._kept.wait()
+                    continue
+            for side in self.sides.values():
+                used = None
+                if self._policy == "conntrack" and side.drain.places():
+                    used = await self._used(side)
+                changed = side.drain.expire(time.monotonic(), used)
+                if changed:
+                    side.loop.request(side.drain.table, changed)
+            if self._policy == "conntrack":
+                await asyncio.sleep(LOOK)
+
+    async def _used(self, side: _Side) -> Collection[Place] | None:
+        """Return what connections use of what is kept; None: nobody can say."""
+        try:
+            return await asyncio.to_thread(used_places, side.family, side.drain.places())
+        except KdnsError as e:
+            log.warning("%s; rules of Services that are gone stay for their TTL", e)
+            self._policy = "ttl"
+            for one in self.sides.values():
+                one.drain.fall_back(time.monotonic() + self._keep_seconds())
+            return None
+
+    def draining(self) -> list[dict[str, object]]:
+        """Return, for /v1/status, the Services that are forwarded though they are gone."""
+        now = time.monotonic()
+        kept: dict[Key, float | None] = {}
+        for side in self.sides.values():
+            kept |= side.drain.told(now)
+        return [
+            {"service": "/".join(key), "seconds_left": None if left is None else round(left, 1)}
+            for key, left in sorted(kept.items())
+        ]
+
     # --- the kernel has it --------------------------------------------------------------
 
     def _synced(self, family: Family, table: ForwardingTable, changed: frozenset[Key]) -> None:
@@ -415,6 +547,8 @@ class Agent:
             for seconds in side.triggered.pop(key):
                 self._latency[family].add(max(0.0, now - seconds))
         side.synced = table
+        if self.pipeline is not None:
+            self.pipeline.programmed(family, table.revision)
         if self.config.mode != "userspace":  # there, flows are this process's own
             side.cleaner.note(table, changed)
         self._tell_places()
@@ -510,6 +644,12 @@ def _count(before: Snapshot, after: Snapshot, keys: Collection[Key]) -> tuple[in
         services += _service(before, key) is not _service(after, key)
         slices += _slices(before, key) is not _slices(after, key)
     return services, slices
+
+
+def _is_bare(snapshot: Snapshot, key: Key) -> bool:
+    """True for a Service whose slices somebody is about to write."""
+    service = snapshot.services.get(key[0], {}).get(key[1])
+    return service is not None and bool(service.spec.selector) and not _slices(snapshot, key)
 
 
 def _service(snapshot: Snapshot, key: Key) -> object:
@@ -727,7 +867,8 @@ def command(parsed: Parsed) -> int:
         lambda: Agent(
             config, spec, node, config_file=parsed.config_path, once=parsed.once,
             relaying=relaying,
-        )
+        ),
+        parsed.control,
     )  # fmt: skip
     return 0
 
@@ -758,15 +899,16 @@ async def _clean_up() -> None:
     await find_programs(families_here())  # one that is missing may have left rules
 
 
-def _run(make: Callable[[], Agent]) -> None:
-    """Run an agent until it ends or a signal comes."""
+def _run(make: Callable[[], Agent], control: str) -> None:
+    """Run an agent until it ends or a signal comes. control -- path of the control socket"""
 
     async def main() -> None:
         agent = make()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, agent.stop)
-        await agent.run()
+        async with serving_control(control, agent.facts):
+            await agent.run()
 
     raise_file_limit()
     collect_rarely()

@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
+from kdns.control import facts_of, serving_control
 from kdns.dns.message import Reply
 from kdns.dns.name import BadName, parse_name
 from kdns.dns.text import render_rr
 from kdns.errors import ConfigError, Problem
 from kdns.logs import START, start_lines
 from kdns.metrics import Metrics
-from kdns.pipeline import Pipeline
+from kdns.pipeline import Pipeline, gauge_draining, gauge_revisions
 from kdns.plugins.plugin import (
     Drop,
     Every,
@@ -32,8 +33,9 @@ from kdns.plugins.plugin import (
     WatchFile,
     WatchFolder,
 )
+from kdns.registry.gate import DEFAULT_TIMEOUT, Gate
 from kdns.registry.snapshot import dump_snapshot, everything
-from kdns.registry.spec import KubeSpec, ManifestSpec
+from kdns.registry.spec import Spec, joined
 from kdns.registry.store import Store
 from kdns.runtime import raise_file_limit, settle_memory
 from kdns.server import files
@@ -41,6 +43,7 @@ from kdns.server.exchange import Exchange
 from kdns.server.files import Stamp
 from kdns.server.http import HttpServer
 from kdns.server.listen import Listener, Place
+from kdns.server.tap import QueryTap
 from kdns.server.upstream import UpstreamPool
 from kdns.site import Site, build_site, places_of, read_corefile
 from kdns.source.follow import Follow, follow, list_once
@@ -62,6 +65,10 @@ class App:
     dns_port    -- port of server blocks that name none
     follow      -- runs the registry's sources
     guest       -- the process is somebody else's: its memory and log are left as they are
+    forwarding  -- where an agent in this process would have its registry from: it is to have it
+                   from us, and names are to wait for its rules
+    gate_timeout -- seconds they wait, at most; 0: they do not
+    awaits_rules -- that agent comes while we start, so that no name is there before
     """
 
     def __init__(
@@ -72,8 +79,16 @@ class App:
         dns_port: int = 53,
         follow: Follow = follow,
         guest: bool = False,
+        forwarding: Spec | None = None,
+        gate_timeout: float = DEFAULT_TIMEOUT,
+        awaits_rules: bool = False,
     ) -> None:
         self._follow = follow
+        self._forwarding = forwarding
+        self._gate_timeout = gate_timeout
+        self._awaits_rules = awaits_rules
+        self._shared: Pipeline | None = None  # with the agent
+        self.wired = asyncio.Event()
         self._guest = guest
         self.conf = conf
         self.text = text
@@ -81,8 +96,11 @@ class App:
         self.metrics = Metrics()
         self.metrics.before_scrape.append(self._settle)
         self.listeners: dict[Place, Listener] = {}
-        self.pipelines: dict[KubeSpec | ManifestSpec, tuple[Pipeline, asyncio.Task[None]]] = {}
+        self.pipelines: dict[Spec, tuple[Pipeline, asyncio.Task[None]]] = {}
         self.site: Site | None = None
+        self.tap = QueryTap(
+            self.listeners.values, lambda: [p for p, _ in self.pipelines.values()]
+        )
         self._http: dict[str, HttpServer] = {}
         self._upstreams: UpstreamPool | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -137,6 +155,28 @@ class App:
     def port(self, scheme: str = "dns") -> int:
         """Return the port of the first listener of a scheme (for port 0)."""
         return next(x.port for x in self.listeners.values() if x.place.scheme == scheme)
+
+    def registry_pipeline(self) -> Pipeline | None:
+        """Return the pipeline whose kernel side an agent can be, once `wired` is set: that of
+        the first kubernetes plugin that reads what forwarding needs. None: none does."""
+        return self._shared
+
+    def any_pipeline(self) -> Pipeline | None:
+        """Return the registry that /v1/status and /v1/registry tell of: the one that an agent
+        shares, else the first one."""
+        return self._shared or next((p for p, _ in self.pipelines.values()), None)
+
+    def longest_ttl(self) -> float:
+        """Return the seconds that somebody may remember a name of the registry, at most."""
+        plugins = self.site.plugins() if self.site is not None else ()
+        return max(
+            (float(p.options.ttl) for p in plugins if p.word == "kubernetes"),  # type: ignore[attr-defined]
+            default=0.0,
+        )
+
+    def gate_status(self) -> dict[str, Any] | None:
+        """Return what /v1/status tells of the gate; None: there is none."""
+        return None if self._shared is None else self._shared.gate_status()
 
     def http_port(self, path: str) -> int:
         """Return the port that serves a path such as /health."""
@@ -194,7 +234,11 @@ class App:
             pipeline.subscribe(feed.publish)
         for plugin in site.plugins():
             if plugin.word == "kubernetes":
-                plugin.source_age = self.pipelines[plugin.source][0].age  # type: ignore[attr-defined]
+                pipeline = self.pipelines[plugin.source][0]  # type: ignore[attr-defined]
+                plugin.source_age = pipeline.age  # type: ignore[attr-defined]
+                if pipeline.gate is not None:
+                    plugin.gate_state = pipeline.gate.state  # type: ignore[attr-defined]
+        self.wired.set()
         await self._wait_synced(site, feeds)
         opened: dict[Place, Listener] = {}
         try:
@@ -219,7 +263,7 @@ class App:
     def _end_unread_pipelines(self) -> None:
         wanted = {pipeline for pipeline, _ in self._feeds}
         for spec, (pipeline, task) in list(self.pipelines.items()):
-            if pipeline not in wanted:
+            if pipeline not in wanted and pipeline is not self._shared:
                 task.cancel()
                 del self.pipelines[spec]
 
@@ -245,6 +289,7 @@ class App:
             for block in site.blocks:
                 if place in places_of(block):
                     block.chain.spawn = listener.exchange.background
+        self.tap.renew()
         # From here on a change of the registry reaches the new site; what it answered before,
         # on listeners opened just now, may be older than the last one.
         self.site = site
@@ -282,15 +327,35 @@ class App:
             opened.append(server)
         return opened
 
-    def _pipeline(self, spec: KubeSpec | ManifestSpec) -> Pipeline:
+    def _pipeline(self, spec: Spec) -> Pipeline:
         """Return the pipeline of a source, started at first use and kept over reloads."""
         found = self.pipelines.get(spec)
         if found is None:
-            pipeline = Pipeline(Store(spec.kinds), self._invalidate)
+            followed, gate = spec, None
+            joint = self._join(spec)
+            if joint is not None:
+                followed = joint
+                if self._gate_timeout:
+                    gate = Gate(self._gate_timeout, self.metrics, self._awaits_rules)
+            pipeline = Pipeline(Store(followed.kinds), self._invalidate, gate=gate)
+            if joint is not None:
+                self._shared = pipeline
             assert self._group is not None
-            task = self._group.create_task(self._follow(spec, pipeline, self.metrics))
+            task = self._group.create_task(self._follow(followed, pipeline, self.metrics))
             found = self.pipelines[spec] = (pipeline, task)
         return found[0]
+
+    def _join(self, spec: Spec) -> Spec | None:
+        """Return what to follow so that an agent may have it, too; None: it may not."""
+        if self._forwarding is None:
+            return None
+        joint = joined(spec, self._forwarding)
+        if self._shared is not None:
+            joint = "forwarding has its registry by another 'kubernetes', or by one before a reload"
+        if isinstance(joint, str):
+            log.warning("plugin/kubernetes: names do not wait for rules: %s", joint)
+            return None
+        return joint
 
     async def _wait_synced(self, site: Site, feeds: list[tuple[Pipeline, Feed]]) -> None:
         """Give the registry `startup_timeout` to be listed once (reference 1.11)."""
@@ -354,6 +419,9 @@ class App:
             ((str(spec.kind),), -1.0 if (age := p.age()) is None else age)
             for spec, (p, _) in self.pipelines.items()
         ]  # fmt: skip
+        gauge_revisions(metrics, self._revisions)
+        if self._forwarding is not None:
+            gauge_draining(metrics, lambda: self._shared.draining() if self._shared else [])
         metrics.gauge(
             "coredns_reload_version_info", "Always 1; the hash of the Corefile served.",
             ("hash", "value"),
@@ -367,6 +435,10 @@ class App:
                 ((str(x.place),), float(sum(map(len, x.caches)))) for x in self.listeners.values()
             ]
         )
+
+    def _revisions(self) -> dict[str, int]:
+        first = self._shared or next((pipeline for pipeline, _ in self.pipelines.values()), None)
+        return {} if first is None else first.revisions()
 
     # --- reloading --------------------------------------------------------------------
 
@@ -609,8 +681,12 @@ def serve(
     text: str | None = None,
     dns_port: int = 53,
     pidfile: str | None = None,
+    control: str = "",
 ) -> int:
-    """Run the DNS server until a signal; return the exit code (0, or 2 for configuration)."""
+    """Run the DNS server until a signal; return the exit code (0, or 2 for configuration).
+
+    control -- path of the control socket; empty: none
+    """
     import sys
 
     if pidfile:
@@ -633,7 +709,8 @@ def serve(
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, app.stop)
-        await app.run(started)
+        async with serving_control(control, lambda: facts_of("serve", app.any_pipeline, app=app)):
+            await app.run(started)
 
     try:
         asyncio.run(main())

@@ -42,7 +42,16 @@ DEFAULT_UP_DNS_PORT = 10053  # needs no root, and is not multicast DNS's 5353
 
 # Commands that stand in modules of their own: word -> (module, what `kdns --help` says). Each
 # module has a click command `command`; it is imported when it is asked for.
-ELSEWHERE: dict[str, tuple[str, str]] = {}
+ELSEWHERE: dict[str, tuple[str, str]] = {
+    "check": (
+        "kdns.explain.check_command",
+        "Hold registry, DNS and kernel rules against each other.",
+    ),
+    "node": ("kdns.node_command", "Run DNS and forwarding of a node in one process."),
+    "top": ("kdns.explain.top_command", "Watch who asks what, what is wasted, and who is slow."),
+    "trace": ("kdns.explain.trace_command", "Follow one request from search list to kernel rule."),
+    "wait": ("kdns.explain.wait_command", "Wait until a name resolves and connects."),
+}
 
 
 class Commands(click.Group):
@@ -143,6 +152,25 @@ class Port(click.IntRange):
     name = "port number"
 
 
+class Duration(click.ParamType):  # type: ignore[type-arg]  # older ones have none
+    """Seconds, written as a Go duration ("250ms", "1m30s") or as a number of them."""
+
+    name = "duration"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the seconds."""
+        from kdns.proxy.settings import parse_duration
+
+        text = str(value)
+        seconds = parse_duration(text if not text.replace(".", "", 1).isdigit() else f"{text}s")
+        if seconds is None or seconds < 0:
+            self.fail(f"'{text}' is not a duration such as 2s, 500ms or 0", param, ctx)
+        return seconds
+
+
+DURATION = Duration()
 PORT = Port(0, 65535)
 
 
@@ -162,6 +190,10 @@ PORT = Port(0, 65535)
 @click.option(
     "-quiet", "--quiet", is_flag=True, envvar="KDNS_QUIET", help="Do not print the first lines."
 )
+@click.option(
+    "-control", "--control", metavar="PATH", default="", envvar="KDNS_CONTROL",
+    help="Serve the control socket here, for 'kdns top' and others.  [default: none]",
+)  # fmt: skip
 @click.option("-version", "--version", is_flag=True, help="Print the version and leave.")
 @click.option("-plugins", "--plugins", is_flag=True, help="List the plugins and leave.")
 @click.argument("extra", nargs=-1, type=click.UNPROCESSED, metavar="")
@@ -170,6 +202,7 @@ def serve(
     dns_port: int,
     pidfile: str | None,
     quiet: bool,
+    control: str,
     version: bool,
     plugins: bool,
 ) -> int:
@@ -192,7 +225,7 @@ def serve(
     from kdns.logs import setup_logging
 
     setup_logging(sys.stdout, quiet)
-    return app.serve(conf, text=text, dns_port=dns_port, pidfile=pidfile)
+    return app.serve(conf, text=text, dns_port=dns_port, pidfile=pidfile, control=control)
 
 
 @cli.command()
@@ -271,6 +304,11 @@ def _count(n: int, what: str) -> str:
     " its own, gone when this ends]",
 )  # fmt: skip
 @click.option(
+    "--control", metavar="PATH", default="", envvar="KDNS_CONTROL",
+    help="Serve the control socket here, for 'kdns top' and others.  [default: beside the"
+    " kubeconfig, which names it]",
+)  # fmt: skip
+@click.option(
     "--ready-file", metavar="P", default="",
     help="Write the JSON line of '--output json' here when all is ready.",
 )  # fmt: skip
@@ -302,6 +340,15 @@ def _count(n: int, what: str) -> str:
 @click.option(
     "--lb-range", metavar="C", default="203.0.113.0/24", show_default=True,
     help="Where Services of type LoadBalancer have theirs; one CIDR a family.",
+)  # fmt: skip
+@click.option(
+    "--gate-timeout", metavar="D", type=DURATION, default="2s", show_default=True,
+    help="How long a new name waits for the rules of its Service, at most; 0: it does not.",
+)  # fmt: skip
+@click.option(
+    "--drain", type=click.Choice(["ttl", "conntrack", "none"]), default="ttl", show_default=True,
+    help="How long the rules of a name that is gone stay: as long as somebody may remember it,"
+    " until no connection uses them, or not at all.",
 )  # fmt: skip
 @click.option("--insecure", is_flag=True, help="Serve the API as plain HTTP without a token.")
 @click.option(

@@ -48,6 +48,7 @@ from kdns.api.kinds import BY_PLURAL, RESOURCES, Resource
 from kdns.api.objects import Objects
 from kdns.api.store import Obj, ObjectStore
 from kdns.app import App
+from kdns.control import fits
 from kdns.dns import types as t
 from kdns.dns.message import Query, Reply, failure, make_query
 from kdns.dns.name import BadName, render_name
@@ -57,6 +58,7 @@ from kdns.errors import ApiError, ConfigError, KdnsError, Problem
 from kdns.lookup import Lookup, in_a_pod
 from kdns.metrics import Metrics
 from kdns.plugins.chain import Pending, Result
+from kdns.registry.spec import KubeSpec
 from kdns.server.client import candidates, search_path
 
 if TYPE_CHECKING:
@@ -73,6 +75,7 @@ Objs: TypeAlias = list[Obj]
 
 MANAGER: Final = "kdns"
 STORE_FILE: Final = "objects.db"
+CONTROL: Final = "control.sock"
 PATIENCE: Final = 5.0  # seconds that something is waited for, unless told otherwise
 LOOK: Final = 0.05  # seconds between two looks at what no commit tells of
 STOP: Final = 10.0  # seconds a thread may take to start and to end
@@ -146,6 +149,10 @@ class Cluster:
     upstream     -- who answers for all other names: addresses, or a resolv.conf; "": nobody
     corefile     -- path of a Corefile for DNS instead of kubeadm's
     guest        -- the process is not the cluster's own: its log and memory stay as they are
+    gate_timeout -- an agent in this process will forward: seconds that names wait for its
+                    rules, at most; 0: they do not. None: nobody forwards
+    control      -- somebody serves a control socket: its path, "": beside the kubeconfig. The
+                    kubeconfig names it; None: nobody does
     """
 
     def __init__(
@@ -169,7 +176,13 @@ class Cluster:
         upstream: str = "",
         corefile: str | os.PathLike[str] = "",
         guest: bool = True,
+        gate_timeout: float | None = None,
+        control: str | None = None,
     ) -> None:
+        self._control_wish = control
+        self._control_folder: Path | None = None
+        self.control = ""
+        self._gate_timeout = gate_timeout
         self._services = services
         self._nodes = nodes
         self._node_addresses = tuple(node_addresses)
@@ -225,6 +238,7 @@ class Cluster:
         services, pods, balancers = map(_ranges, self._ranges)
         allocator = Allocator(services, pod_ranges=pods, lb_ranges=balancers)
         self._folder = self._make_folder()
+        self.control = self._find_control()
         path = str(self._folder / STORE_FILE) if self._data_dir is not None else ""
         store = ObjectStore(path)
         await store.open()
@@ -255,6 +269,17 @@ class Cluster:
             text = f"cannot be made: {e.strerror}"
             raise ConfigError([Problem(str(self._data_dir), 0, text)]) from None
         return self._data_dir
+
+    def _find_control(self) -> str:
+        """Return the path of the control socket."""
+        if self._control_wish is None:
+            return ""
+        path = os.path.abspath(self._control_wish or self._folder / CONTROL)
+        if not self._control_wish and not fits(path):
+            # The kubeconfig says where it is; so it may be anywhere.
+            self._control_folder = Path(tempfile.mkdtemp(prefix="kdns-"))
+            path = str(self._control_folder / CONTROL)
+        return path
 
     async def _start_api(self) -> None:
         context = None
@@ -319,6 +344,8 @@ class Cluster:
         self.app = App(
             self._corefile or None, text=text, dns_port=self._ports[1], follow=self.feed.follow,
             guest=True,
+            forwarding=None if self._gate_timeout is None else KubeSpec(node=self.forwarder),
+            gate_timeout=self._gate_timeout or 0.0,
         )  # fmt: skip
         started = asyncio.Event()
         self._dns_task = asyncio.create_task(self.app.run(started.set), name="kdns dns")
@@ -353,6 +380,8 @@ class Cluster:
         finally:
             if self.store is not None:
                 await self.store.close()
+            if self._control_folder is not None:
+                shutil.rmtree(self._control_folder, ignore_errors=True)
             if self._temporary is not None:
                 shutil.rmtree(self._temporary, ignore_errors=True)
             elif self._wrote:
@@ -386,7 +415,7 @@ class Cluster:
 
     @property
     def kubeconfig_text(self) -> str:
-        return kubeconfig(self.api_url, self._credentials)
+        return kubeconfig(self.api_url, self._credentials, control=self.control)
 
     @property
     def kubeconfig_dict(self) -> dict[str, Any]:
@@ -466,10 +495,20 @@ class Cluster:
         listing = self.objects.list(SLICES, namespace, labels=selector)
         return sorted(place for one in listing.items for place in _places(one.obj))
 
+    @property
+    def forwarder(self) -> str:
+        """The Node on whose behalf this host forwards, if it does: the first one."""
+        assert self.store is not None, "the cluster is not started"
+        given: Texts = [one.obj["metadata"]["name"] for one in self.store.items("nodes")]
+        return min([*given, *(f"node{number}" for number in range(1, self._nodes + 1))])
+
     async def settle(self) -> None:
-        """Wait until the controllers have nothing left to do."""
+        """Wait until the controllers have nothing left to do, and names for no rules."""
         assert self.controllers is not None, "the cluster is not started"
         await self.controllers.settle()
+        shared = self.app.registry_pipeline() if self.app is not None else None
+        if shared is not None:
+            await shared.settle()
 
     def _declared(self, manifests: Manifests, namespace: str) -> Sequence[Declared]:
         declared, problems = read_documents(_documents(manifests), namespace)

@@ -3,8 +3,9 @@
 The text form is CoreDNS's (reference 3.2): `[INFO] plugin/NAME: message`, no time stamp, for
 what collects container logs adds one. Loggers: "kdns" for the program, children such as
 "kdns.plugin/forward" or "kdns.source" name who speaks. START is for the lines a server
-greets with; they carry no level, and -quiet leaves them out. What is said is everybody
-else's business.
+greets with; they carry no level, and -quiet leaves them out. QUERIES is for lines that are
+JSON objects already (`kdns_log json`): they are written as they are in either form. What is
+said is everybody else's business.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TextIO
 from kdns import __version__
 
 START = "kdns.start"
+QUERIES = "kdns.queries"
 LEVELS = {
     logging.DEBUG: "DEBUG",
     logging.INFO: "INFO",
@@ -128,7 +130,7 @@ class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         text = record.getMessage()
-        if record.name != START:
+        if record.name not in (START, QUERIES):
             who = record.name.removeprefix("kdns").removeprefix(".")
             level = LEVELS.get(record.levelno, record.levelname)
             text = f"[{level}] {who}: {text}" if who else f"[{level}] {text}"
@@ -142,6 +144,8 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
+        if record.name == QUERIES:
+            return record.getMessage()
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = {
             "time": f"{stamp}.{int(record.msecs):03d}Z",

@@ -1,9 +1,12 @@
-"""The one loop that moves a change along: source -> store -> snapshot -> zones.
+"""The one loop that moves a change along: source -> store -> snapshot -> rules -> zones.
 
 A Pipeline belongs to one source and outlives reloads of the Corefile, so that a reload
 lists nothing again. It implements source.sink.Sink: the source tells it of objects, and it
 publishes a snapshot once per turn of the event loop, so a single change goes out at once and
 a burst goes out as one.
+
+Where a kernel side is attached, it gets each snapshot first, and with a gate the zones show
+what of it the kernel has (registry/gate.py).
 """
 
 from __future__ import annotations
@@ -12,11 +15,13 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kdns.errors import SourceError
+from kdns.metrics import Metrics
+from kdns.registry.gate import Family, Gate, KernelChanges, Opened, Shown
 from kdns.registry.objects import Key, Kind, Object
 from kdns.registry.snapshot import Changes, Snapshot, everything
 from kdns.registry.store import Store
@@ -25,10 +30,15 @@ log = logging.getLogger("kdns")
 
 Publish = Callable[[Snapshot, Changes, float], Sequence[Any] | None]
 Invalidate = Callable[[Sequence[Any] | None], None]
+# Takes a snapshot, what changed and when; returns whose rules are others now, by family.
+Kernel = Callable[[Snapshot, Changes, float], KernelChanges]
+# What the kernel side keeps though the registry has it no more, for /v1/status.
+Draining = Callable[[], list[dict[str, object]]]
 
 # Seconds before a failure that was over is said again: a server that comes and goes all the
 # time gets a pair of lines in this time, not one for every try.
 SAY_AGAIN = 60.0
+MOST_NAMED = 5  # Services in a line of the log
 MAX_SAID = 100  # failures remembered as said; an API server has some ten ways to fail
 _NUMBERS = re.compile(r"\d+(\.\d+)?")
 
@@ -55,6 +65,10 @@ class Pipeline:
     invalidate -- told the deps of answers that are no longer true (None: all)
     clock      -- monotonic seconds
     words      -- how the operator is told of a source that fails
+    gate       -- what holds names back until the attached kernel side has their rules
+
+    registry   -- the newest snapshot
+    snapshot   -- what DNS shows; the same without a gate
     """
 
     def __init__(
@@ -63,8 +77,16 @@ class Pipeline:
         invalidate: Invalidate,
         clock: Callable[[], float] = time.monotonic,
         words: Words = DNS_WORDS,
+        gate: Gate | None = None,
     ) -> None:
         self._words = words
+        self.gate = gate
+        self._kernel: Kernel | None = None
+        self._draining: Draining = list
+        self._expiry: asyncio.TimerHandle | None = None
+        self._programmed: dict[Family, int] = {}
+        self._settled = asyncio.Event()
+        self.registry = Snapshot()
         self.store = store
         self.invalidate = invalidate
         self.snapshot = Snapshot()
@@ -87,6 +109,110 @@ class Pipeline:
         """Remove a reader, if it is one."""
         if publish in self._readers:
             self._readers.remove(publish)
+
+    # --- the kernel side ------------------------------------------------------------------
+
+    def attach(self, kernel: Kernel, draining: Draining = list) -> None:
+        """Make `kernel` the one that writes rules. It gets all there is at once, then every
+        change before DNS does; with programmed() it says how far the rules are."""
+        self._kernel, self._draining = kernel, draining
+        changed = self._tell_kernel(everything(self.registry))
+        if self.gate is not None:
+            self.gate.attach(changed, self._clock())
+            self._plan_expiry()
+
+    def detach(self, kernel: Kernel) -> None:
+        """That one has ended; nobody waits for it any more."""
+        if self._kernel != kernel:
+            return
+        self._kernel, self._draining = None, list
+        self._programmed.clear()
+        if self.gate is not None:
+            self._take(self.gate.detach(self._clock(), int(time.time())))
+
+    @property
+    def attached(self) -> bool:
+        return self._kernel is not None
+
+    def programmed(self, family: Family, revision: int) -> None:
+        """The kernel holds the rules of this revision."""
+        self._programmed[family] = max(revision, self._programmed.get(family, 0))
+        if self.gate is None or self._kernel is None:
+            return
+        was_open = self.gate.is_open
+        shown = self.gate.programmed(family, revision, self._clock(), int(time.time()))
+        if was_open and not self.gate.is_open:
+            log.info("%srules are written again; names wait for theirs", self._words.prefix)
+        self._take(shown)
+
+    async def settle(self) -> None:
+        """Wait until DNS shows the registry: as long as the gate may wait, at most."""
+        while self.gate is not None and not self.gate.quiet():
+            self._settled.clear()
+            await self._settled.wait()
+
+    def revisions(self) -> dict[str, int]:
+        """Return how far each stage is: "registry", "dns", "kernel_ipv4", "kernel_ipv6"."""
+        newest = self.registry.revision
+        found = {"registry": newest, "dns": newest}
+        kernel: Mapping[Family, int] = self._programmed
+        if self.gate is not None:
+            found["dns"] = self.gate.shown_revision()
+            kernel = self.gate.kernel_revisions()
+        return found | {f"kernel_ipv{family}": at for family, at in kernel.items()}
+
+    def gate_status(self) -> dict[str, Any] | None:
+        """Return what /v1/status tells of the gate; None: there is none."""
+        if self.gate is None:
+            return None
+        return {**self.gate.status(self._clock()), "draining": self.draining()}
+
+    def draining(self) -> list[dict[str, object]]:
+        """Return what the kernel side keeps of Services that are gone."""
+        return self._draining()
+
+    def _tell_kernel(self, changes: Changes) -> KernelChanges:
+        if self._kernel is None:
+            return {}
+        try:
+            return self._kernel(self.registry, changes, self._clock())
+        except Exception:
+            log.exception("a bug in kdns while rules take over a change; please report it")
+            return {}
+
+    def _plan_expiry(self) -> None:
+        """Look again when the gate has waited for long enough."""
+        if self._expiry is not None or self.gate is None or not self.gate.waits():
+            return
+        due = self.gate.deadline()
+        if due is not None:
+            wait = max(0.0, due - self._clock())
+            self._expiry = asyncio.get_running_loop().call_later(wait, self._expire)
+
+    def _expire(self) -> None:
+        self._expiry = None
+        assert self.gate is not None
+        opened = self.gate.expire(self._clock(), int(time.time()))
+        if opened is not None:
+            self._say_opened(opened, self.gate.timeout)
+            self._take(opened.shown)
+        self._plan_expiry()
+
+    def _say_opened(self, opened: Opened, timeout: float) -> None:
+        if opened.alone:
+            log.warning(
+                "%sno rules were written in %g s; names are published without",
+                self._words.prefix, timeout,
+            )  # fmt: skip
+        if not opened.families:
+            return
+        named = [f"{namespace}/{name}" for namespace, name in opened.services]
+        more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+        what = f": {', '.join(named[:MOST_NAMED])}{more}" if named else ""
+        log.warning(
+            "%sthe rules of %s are not in the kernel after %g s; names are published without%s",
+            self._words.prefix, " and ".join(f"IPv{one}" for one in opened.families), timeout, what,
+        )  # fmt: skip
 
     def age(self) -> float | None:
         """Return the seconds since the source was last heard of, of the kind it was heard of
@@ -152,12 +278,29 @@ class Pipeline:
             asyncio.get_running_loop().call_soon(self.publish)
 
     def publish(self) -> None:
-        """Compile what changed and forget the answers that it made wrong."""
+        """Take what changed along: to the rules, and then to DNS."""
         self._scheduled = False
         published = self.store.publish(int(time.time()))
         if published is None:
             return
-        self.snapshot, changes = published
+        self.registry, changes = published
+        kernel = self._tell_kernel(changes)
+        if self.gate is None:
+            self._take(published)
+            return
+        now = self._clock()
+        self._take(self.gate.publish(self.registry, changes, kernel, now, int(time.time())))
+        self._plan_expiry()
+
+    def _take(self, shown: Shown | None) -> None:
+        """Compile what changed for DNS and forget the answers that it made wrong."""
+        if shown is not None:
+            self._show(*shown)
+        if self.gate is None or self.gate.quiet():
+            self._settled.set()
+
+    def _show(self, snapshot: Snapshot, changes: Changes) -> None:
+        self.snapshot = snapshot
         now = self._clock()
         deps: list[Any] = []
         everything_changed = False
@@ -176,3 +319,17 @@ class Pipeline:
         self.invalidate(None if everything_changed else deps)
         if self.snapshot.synced:
             self.synced.set()
+
+
+def gauge_revisions(metrics: Metrics, revisions: Callable[[], Mapping[str, int]]) -> None:
+    """Have the revision of each stage among the metrics."""
+    metrics.gauge(
+        "kdns_revision", "The registry's revision that a stage has in full.", ("stage",)
+    ).read = lambda: [((stage,), float(at)) for stage, at in revisions().items()]
+
+
+def gauge_draining(metrics: Metrics, draining: Draining) -> None:
+    """Have the number of Services that are forwarded though they are gone among the metrics."""
+    metrics.gauge(
+        "kdns_draining", "Services that are gone, and whose rules stay for those who remember them."
+    ).read = lambda: [((), float(len(draining())))]

@@ -90,6 +90,10 @@ def build_site(
     """Return the site. Raises ConfigError with everything that is wrong at once."""
     blocks = [_build_block(block, problems, metrics, host_search) for block in corefile.blocks]
     routers = _routers(blocks, problems, metrics)
+    everyone = [plugin for block in blocks for plugin in block.plugins]
+    for plugin in everyone:
+        if plugin.word == "kdns_log":
+            plugin.link(everyone)  # the registry may be another block's
     if problems.errors:
         raise ConfigError(problems.found)
     return Site(corefile, blocks, routers, sorted(problems.found, key=lambda p: (p.file, p.line)))

@@ -27,6 +27,7 @@ from kdns import __version__
 from kdns.api.access import NAME, write_private
 from kdns.api.declare import Applied, Declared, apply_all, problem_at, prune, read_documents
 from kdns.cluster import Cluster, broken_file
+from kdns.control import ControlServer, Facts, facts_of
 from kdns.errors import ConfigError, KdnsError, Problem
 from kdns.logs import setup_logging
 from kdns.runtime import raise_file_limit, settle_memory, take_turns_often
@@ -42,6 +43,8 @@ STDIN: Final = "-"
 INTERVAL: Final = 1.0  # seconds between two looks at the manifests
 RULES_WAIT: Final = 10.0  # seconds the first rules may take before it counts as ready
 LOOK: Final = 0.01
+# What the control socket tells of the registry, also what forwarding does not read.
+TOLD: Final = ("namespaces", "nodes", "services", "endpointslices", "pods")
 LOCK_WAIT: Final = 5.0  # seconds that somebody else may take to write a kubeconfig
 # How cluster.py's options are spelt on the command line.
 FLAGS: Final[Mapping[str, str]] = {
@@ -67,7 +70,10 @@ class Wishes:
     service_cidr: str = "10.96.0.0/12"
     pod_cidr: str = "10.244.0.0/16"
     lb_range: str = "203.0.113.0/24"
+    gate_timeout: float = 2.0
+    drain: Literal["ttl", "conntrack", "none"] = "ttl"
     corefile: str = ""
+    control: str = ""
     write_kubeconfig: str = ""
     ready_file: str = ""
     output: Literal["text", "json"] = "text"
@@ -105,6 +111,7 @@ class _Up:
         self._why: BaseException | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._agent: Agent | None = None
+        self._control: ControlServer | None = None
         self._agent_task: asyncio.Task[None] | None = None
         self.cluster = Cluster(
             nodes=wishes.nodes,
@@ -122,6 +129,8 @@ class _Up:
             upstream="/etc/resolv.conf",
             corefile=wishes.corefile,
             guest=False,
+            gate_timeout=None if wishes.proxy_mode == "none" else wishes.gate_timeout,
+            control=wishes.control,
         )
 
     async def run(self, followed: Followed, first: Look) -> None:
@@ -152,6 +161,8 @@ class _Up:
     async def _bring_up(self, followed: Followed, first: Look) -> None:
         wishes = self.wishes
         await self.cluster.start()
+        self._control = ControlServer(self.cluster.control, self._facts())
+        await self._control.start()
         if self.cluster.app is not None:
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGUSR1, self.cluster.app.reload_soon)
@@ -179,9 +190,24 @@ class _Up:
             if not task.cancelled() and (error := task.exception()) is not None:
                 self._why = error
 
+    def _facts(self) -> Facts:
+        app = self.cluster.app
+        assert app is not None
+        return facts_of(
+            "up",
+            app.any_pipeline,
+            app=app,
+            node=self.cluster.forwarder,
+            mode=self.wishes.proxy_mode,
+            cluster_cidr=self.wishes.pod_cidr,
+            objects=lambda: [one for plural in TOLD for one in self.cluster.list(plural, "")],
+        )
+
     async def _end(self) -> None:
         for task in self._tasks:
             task.cancel()
+        if self._control is not None:
+            await self._control.stop()
         if self._agent is not None and self._agent_task is not None:
             self._agent.stop()
             await asyncio.wait((self._agent_task,))
@@ -222,7 +248,7 @@ class _Up:
         from kdns.proxy.flags import parse_flags, settle
         from kdns.registry.spec import KubeSpec
 
-        node = self.cluster.list("nodes")[0]["metadata"]["name"]
+        node = self.cluster.forwarder
         flags = [
             f"--proxy-mode={self.wishes.proxy_mode}",
             f"--cluster-cidr={self.wishes.pod_cidr}",
@@ -238,7 +264,12 @@ class _Up:
         ]
         config = settle(parse_flags(flags), None).config
         spec = KubeSpec(node=node, only_forwarded=True)
-        self._agent = agent.Agent(config, spec, node, follow=self.cluster.feed.follow)
+        assert self.cluster.app is not None
+        self._agent = agent.Agent(
+            config, spec, node, follow=self.cluster.feed.follow,
+            pipeline=self.cluster.app.registry_pipeline(), drain=self.wishes.drain,
+            longest_ttl=self.cluster.app.longest_ttl,
+        )  # fmt: skip
         self._agent_task = asyncio.create_task(self._agent.run(), name="kdns proxy")
         until = time.monotonic() + RULES_WAIT
         while not self._agent_task.done() and time.monotonic() < until:
@@ -261,6 +292,7 @@ class _Up:
         facts = {
             "api": self.cluster.api_url,
             "kubeconfig": path,
+            "control": self.cluster.control,
             "dns": dns,
             "proxyMode": self.wishes.proxy_mode,
             "pid": os.getpid(),

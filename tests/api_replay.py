@@ -15,7 +15,7 @@ import asyncio
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -34,6 +34,7 @@ RESOURCES: dict[str, tuple[str, str, str]] = {
     "pods": ("/api/v1", "v1", "Pod"),
     "nodes": ("/api/v1", "v1", "Node"),
     "endpointslices": ("/apis/discovery.k8s.io/v1", "discovery.k8s.io/v1", "EndpointSlice"),
+    "servicecidrs": ("/apis/networking.k8s.io/v1", "networking.k8s.io/v1", "ServiceCIDR"),
     "serviceimports": (
         "/apis/multicluster.x-k8s.io/v1alpha1",
         "multicluster.x-k8s.io/v1alpha1",
@@ -84,11 +85,18 @@ class ApiReplay:
                   server that never heard of it
     token      -- what "Authorization: Bearer" must hold; empty: anything
     bookmarks  -- seconds between bookmarks
+    lacks      -- resources that it does not have: 404
     """
 
     def __init__(
-        self, *, watch_list: str = "yes", token: str = "", bookmarks: float = 60.0
+        self,
+        *,
+        watch_list: str = "yes",
+        token: str = "",
+        bookmarks: float = 60.0,
+        lacks: Collection[str] = (),
     ) -> None:
+        self.lacks = lacks
         self.watch_list = watch_list
         self.token = token
         self.bookmarks = bookmarks
@@ -182,6 +190,8 @@ class ApiReplay:
     async def start(self, host: str = "127.0.0.1", port: int = 0, tls: Any = None) -> None:
         app = web.Application()
         for resource, (prefix, _, _) in RESOURCES.items():
+            if resource in self.lacks:
+                continue
             app.router.add_get(f"{prefix}/{resource}", self._collection)
             app.router.add_get(f"{prefix}/namespaces/{{namespace}}/{resource}", self._collection)
             app.router.add_get(f"{prefix}/{resource}/{{name}}", self._one)

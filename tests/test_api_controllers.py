@@ -44,6 +44,17 @@ async def test_a_new_cluster_has_what_every_cluster_has() -> None:
         ]  # fmt: skip
 
 
+async def test_a_cluster_says_where_its_addresses_come_from() -> None:
+    async with running() as place:
+        (name,) = place.names("ServiceCIDR")
+        ranges = place.get("ServiceCIDR", name)
+        assert (name, ranges["spec"]) == ("kubernetes", {"cidrs": ["10.96.0.0/12"]})
+        assert conditions(ranges)["Ready"] == "True"
+        await place.delete("ServiceCIDR", name)
+        await place.settle()
+        assert place.find("ServiceCIDR", name) is not None
+
+
 async def test_servers_that_move_are_found_at_their_new_address() -> None:
     async with running(api_address=("127.0.0.1", 1)) as place:
         place.controllers.options.api_address = ("192.0.2.9", 7443)

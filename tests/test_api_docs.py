@@ -30,6 +30,7 @@ MEMBERS: dict[str, Obj] = {
     "Pod": {"spec": POD},
     "Event": {"involvedObject": {"kind": "Pod", "name": "p", "namespace": "default"}},
     "EndpointSlice": {"addressType": "IPv4", "endpoints": [], "ports": []},
+    "ServiceCIDR": {"spec": {"cidrs": ["10.0.0.0/24"]}},
     "Deployment": {"spec": WORKLOAD},
     "ReplicaSet": {"spec": WORKLOAD},
     "StatefulSet": {"spec": {**WORKLOAD, "serviceName": "x"}},

@@ -882,3 +882,14 @@ def free_port() -> int:
 def test_there_are_no_metrics(kubectl: Kubectl) -> None:
     assert "Metrics API not available" in kubectl.refused("top", "pods")
     assert "Metrics API not available" in kubectl.refused("top", "nodes")
+
+
+def test_where_service_addresses_come_from(admin: Kubectl) -> None:
+    head, row = admin("get", "servicecidr").splitlines()
+    assert head.split() == ["NAME", "CIDRS", "AGE"]
+    assert row.split()[:2] == ["kubernetes", "10.96.0.0/12"]
+    assert admin.refused("patch", "servicecidr", "kubernetes", "--type=merge", "-p",
+                         '{"spec":{"cidrs":["10.97.0.0/16"]}}') == (
+        'The ServiceCIDR "kubernetes" is invalid: spec.cidrs[0]: Invalid value: "10.97.0.0/16":'
+        " field is immutable\n"
+    )  # fmt: skip

@@ -572,6 +572,10 @@ def test_an_event(obj: Obj, cells: Obj) -> None:
         (made("ServiceAccount", secrets=[{"name": "a"}, {"name": "b"}]), {"SECRETS": 2}),
         (made("Lease", spec={"holderIdentity": "node-1"}), {"HOLDER": "node-1"}),
         (made("Lease"), {"HOLDER": ""}),
+        (
+            made("ServiceCIDR", spec={"cidrs": ["10.0.0.0/24", "fd00::/112"]}),
+            {"CIDRS": "10.0.0.0/24,fd00::/112"},
+        ),
     ],
 )
 def test_small_kinds(obj: Obj, cells: Obj) -> None:

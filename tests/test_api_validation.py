@@ -902,6 +902,25 @@ def b64(text: str) -> str:
             ["spec.leaseDurationSeconds: Invalid value: 0: must be greater than 0"],
         ),
         (
+            make("ServiceCIDR", spec={"cidrs": []}),
+            ["spec.cidrs: Required value: at least one CIDR required"],
+        ),
+        (
+            make("ServiceCIDR", spec={"cidrs": ["10.0.0.1/24"]}),
+            [
+                'spec.cidrs[0]: Invalid value: "10.0.0.1/24": must not have bits set beyond the'
+                " prefix length"
+            ],
+        ),
+        (
+            make("ServiceCIDR", spec={"cidrs": ["10.0.0.0/24", "10.1.0.0/24"]}),
+            [
+                'spec.cidrs: Invalid value: ["10.0.0.0/24","10.1.0.0/24"]: may specify no more'
+                " than one IP for each IP family, i.e 192.168.0.0/24 and 2001:db8::/64"
+            ],
+        ),
+        (make("ServiceCIDR", spec={"cidrs": ["10.0.0.0/24", "fd00::/112"]}), []),
+        (
             make("Event", involvedObject={"kind": "Pod", "namespace": "other"}),
             ['involvedObject.namespace: Invalid value: "other": does not match event.namespace'],
         ),

@@ -66,7 +66,7 @@ def app(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeApp:
     return fake
 
 
-DEFAULTS = {"text": None, "dns_port": 53, "pidfile": None}
+DEFAULTS = {"text": None, "dns_port": 53, "pidfile": None, "control": ""}
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,7 @@ DEFAULTS = {"text": None, "dns_port": 53, "pidfile": None}
         ("-p=1053 -conf c", {"conf": "c", "dns_port": 1053}),
         ("-conf c -p 0", {"conf": "c", "dns_port": 0}),
         ("-conf c -pidfile /run/kdns.pid", {"conf": "c", "pidfile": "/run/kdns.pid"}),
+        ("-conf c -control /run/c.sock", {"conf": "c", "control": "/run/c.sock"}),
         ("-conf c -quiet", {"conf": "c", "quiet": True}),
         ("-conf c -quiet=true", {"conf": "c", "quiet": True}),
         ("-conf c -quiet=false", {"conf": "c", "quiet": False}),
@@ -134,8 +135,8 @@ def test_flags_from_the_environment(app: FakeApp, monkeypatch: pytest.MonkeyPatc
         ("serv", "no command 'serv', did you mean 'serve'?"),
         (
             "x",
-            "no command 'x'; the commands are corefile, dump, proxy, query, rules, serve, up,"
-            " version",
+            "no command 'x'; the commands are check, corefile, dump, node, proxy, query, rules,"
+            " serve, top, trace, up, version, wait",
         ),
         ("-cnof f", "no flag '-cnof', did you mean '-conf'?"),
         ("-port 53", "no flag '-port', did you mean '-dns.port'?"),

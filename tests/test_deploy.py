@@ -307,6 +307,8 @@ def test_the_proxys_account_may_read_what_forwarding_needs_and_no_more() -> None
         ("", "nodes", "watch"),
         ("discovery.k8s.io", "endpointslices", "list"),
         ("discovery.k8s.io", "endpointslices", "watch"),
+        ("networking.k8s.io", "servicecidrs", "list"),
+        ("networking.k8s.io", "servicecidrs", "watch"),
     }
     binding = PROXY_OBJECTS["ClusterRoleBinding", "kdns-proxy"]
     assert binding["roleRef"]["name"] == "kdns-proxy"

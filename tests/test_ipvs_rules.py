@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from kdns.kernel.ipset import HeldSet, parse_sets, plan_sets
 from kdns.kernel.ipvs import settings_wanted
+from kdns.kernel.ipvs_fingerprint import without_counters
 from kdns.kernel.ipvs_netlink import canonical, parse_table
 from kdns.proxy.ipvs import (
     MAX_NAME,
@@ -269,6 +270,17 @@ def test_sets_become_what_is_wanted(held: dict[str, HeldSet], told: int) -> None
     assert not (again.before or again.after or again.notes)
 
 
+def test_a_set_is_known_to_hold_what_it_was_made_for() -> None:
+    """So a change that fits needs no look at the sets; a bitmap holds every port."""
+    many = {"KUBE-CLUSTER-IP": [f"10.96.{n >> 8}.{n & 255},tcp:80" for n in range(70_000)]}
+    small = HeldSet("hash:ip,port", 4, {"10.96.0.1,tcp:80"})
+    for held, room in (({}, 65536), ({"KUBE-CLUSTER-IP": small}, 4)):
+        assert plan_sets(SOME, held, 4).room == {
+            name: room if name == "KUBE-CLUSTER-IP" else 65536 for name in SETS
+        }
+        assert plan_sets(many, held, 4).room["KUBE-CLUSTER-IP"] == 131072
+
+
 def test_what_ipset_prints_is_read() -> None:
     text = (
         b"create KUBE-6-CLUSTER-IP hash:ip,port family inet6 hashsize 1024 maxelem 65536"
@@ -312,6 +324,24 @@ def test_virtual_servers_are_read() -> None:
         ),
         "[fd00:10:96::80]:53/udp": ("mh", 0, {"[fd00:10:244:1::a]:5353": (1, 0)}),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        ("Masq    1      2          1", "Masq    1      0          77", True),
+        ("Masq 1 0 0", "Masq 1 3 9", True),
+        ("Masq    1      2          1", "Masq    0      2          1", False),
+        ("0AF4020A:1F90", "0AF4020B:1F90", False),
+        ("rr persistent 2700000 FFFFFFFF", "rr persistent 2700001 FFFFFFFF", False),
+        ("mh ops", "mh persistent 2500 128", False),
+    ],
+    ids=["connections", "of IPv6", "a weight", "an address", "persistence", "of IPv6"],
+)
+def test_that_connections_come_and_go_is_no_change(before: str, after: str, same: bool) -> None:
+    assert before in PROC
+    one, other = (text.encode() for text in (PROC, PROC.replace(before, after)))
+    assert (without_counters(one) == without_counters(other)) == same
 
 
 @given(st.ip_addresses(v=6))

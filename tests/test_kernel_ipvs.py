@@ -12,6 +12,7 @@ import asyncio
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import pytest
 from forwarding import exposed, snapshot_of
@@ -51,9 +52,10 @@ from traffic import (
 )
 
 from kdns.errors import ApplyError
-from kdns.kernel.ipvs_netlink import HeldReal, HeldVirtual, held_servers
+from kdns.kernel.ipvs import IpvsDataplane
+from kdns.kernel.ipvs_netlink import HeldReal, HeldVirtual, addresses_by_place, held_servers
 from kdns.proxy.config import SCHEDULERS
-from kdns.proxy.ipvs import At, IpvsSettings
+from kdns.proxy.ipvs import At, IpvsSettings, host_view, render_rules
 from kdns.proxy.options import Detector, Family, NodeView, Options
 from kdns.proxy.table import TableCompiler
 from kdns.registry.objects import Object
@@ -323,7 +325,7 @@ def comparable(held: str) -> list[str]:
     kept = [
         line.split(" initval")[0]
         for line in held.splitlines()
-        if line.startswith(("-A", "add KUBE", "create KUBE", "TCP"))
+        if line.startswith(("-A", "add KUBE", "create KUBE", "TCP", "UDP"))
     ]
     reals = [line.split()[1:4] for line in held.splitlines() if line.startswith("  ->")]
     return sorted([*kept, *map(" ".join, reals)])
@@ -396,6 +398,72 @@ def test_strict_arp_and_the_kernels_settings(site: Site) -> None:
     }.items():
         assert site.run("cat", f"/proc/sys/{name.replace('.', '/')}").strip() == value, name
     assert "900 120 30" in site.run("ipvsadm", "-L", "--timeout")
+
+
+# --- What is printed --------------------------------------------------------------------------
+
+
+def test_what_kdns_rules_prints_is_what_a_proxy_programs(site: Site, family: Family) -> None:
+    """Each part loaded by the program that its heading names."""
+    ends = [on(1, 10, family), on(1, 11, family), on(2, 10, family)]
+    affinity = {"clientIP": {"timeoutSeconds": 600}}
+    objects: list[Object] = [
+        web(family, sessionAffinity="ClientIP", sessionAffinityConfig=affinity,
+            loadBalancerSourceRanges=["203.0.113.0/24", "2001:db8:113::/64"]),
+        exposed("dns", ip={4: "10.96.0.10", 6: "fd00:10:96::a"}[family], node_port=30053,
+                ports=[("http", 53, "UDP")], externalTrafficPolicy="Local"),
+        exposed("nobody", ip={4: "10.96.0.11", 6: "fd00:10:96::b"}[family]),
+        backed(*ends, family=family),
+        backed(*ends, family=family, owner="dns", protocol="UDP"),
+    ]  # fmt: skip
+    site.node.clear()  # also of the other family
+    site.load(*objects, families=[family])
+    programmed = comparable(site.node.held(family))
+    options = replace(site.options[family], node_port_addresses=node_ports_on(site, family))
+    printed = render_rules(site.compilers[family].table, options)
+    site.node.clear()
+    for part in printed.split("\n\n"):
+        heading, _, text = part.partition("\n")
+        site.cluster.run("node", *heading.removeprefix("# ").split(), text=f"{text}\n")
+    try:
+        assert comparable(site.node.held(family)) == programmed
+    finally:
+        site.run("ipvsadm", "--clear")
+        site.load(families=[family])  # what is there of the text is taken over
+
+
+def node_ports_on(site: Site, family: Family) -> tuple[str, ...]:
+    """Return the addresses that node ports answer on, without kube-ipvs0's."""
+    return site.node.call(asyncio.to_thread(lambda: host_view(
+        addresses_by_place(family)[1], site.options[family]).node_ports))  # fmt: skip
+
+
+# --- Looking again ----------------------------------------------------------------------------
+
+
+def test_nothing_is_read_thing_by_thing_while_nothing_changes(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And connections that come and go are no change."""
+    site.load(web(), backed(on(1, 10), on(2, 10)))
+    assert site.node.verify(4)
+
+    def read(*_: object) -> None:
+        raise AssertionError("it is read again")
+
+    with monkeypatch.context() as patched:
+        for name in ("_server_differences", "_set_differences", "_chain_differences"):
+            patched.setattr(IpvsDataplane, name, read)
+        site.expect("pod", CLUSTER_IP[4], PORT, served(at(10), at(10, node=2), masquerade=False))
+        site.cluster.run("node", "ip", "addr", "add", "192.0.2.123/32", "dev", "lo", "valid_lft",
+                         "1000", "preferred_lft", "1000")  # fmt: skip
+        site.cluster.run("node", "ip", "addr", "del", "192.0.2.123/32", "dev", "lo")
+        for _ in range(2):
+            assert site.node.verify(4)
+    site.run("ipvsadm", "-e", "-t", WEB, "-r", at(10), "-m", "-w", "7")
+    assert not site.node.verify(4)
+    site.node.sync_fully()
+    assert site.node.verify(4)
 
 
 # --- Leaving ----------------------------------------------------------------------------------

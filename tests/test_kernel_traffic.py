@@ -78,7 +78,9 @@ from kdns.proxy.iptables import IptablesRules
 from kdns.proxy.nftables import NftablesRules
 from kdns.proxy.nftables_listing import parse_table
 from kdns.proxy.nftables_rules import WORD
+from kdns.proxy.nftables_text import NftRuleset
 from kdns.proxy.options import Detector, Family, NodeView, Options
+from kdns.proxy.packet_nftables import parse_nftables, walk_nftables
 from kdns.proxy.ruleset import Ruleset
 from kdns.proxy.table import ForwardingTable, TableCompiler
 from kdns.registry.objects import Key, Object, Service
@@ -101,6 +103,15 @@ def fate_in(ways: tuple[packet.Outcome, ...]) -> Fate:
         name = f"[{way.destination}]" if ":" in way.destination else way.destination
         found[f"{name}:{way.port}"] = way.masqueraded
     return Served(found)
+
+
+THE_NODE = packet.Host([*NODE_ADDRESS.values(), *BRIDGE_ADDRESS.values()])
+
+
+def first_packet(where: str, source: str, ip: str, port: int, protocol: str) -> packet.Packet:
+    """Return the packet that opens a connection."""
+    interface = {"node": "", "outside": "eth0", "node2": "eth0"}.get(where, f"v-{where}")
+    return packet.Packet(source, ip, port, protocol, interface=interface)  # type: ignore[arg-type]
 
 
 # --- Dataplanes -------------------------------------------------------------------------------
@@ -254,10 +265,8 @@ class Iptables(Compiled):
         if family not in self.read:
             # What the kernel holds, not what it was given.
             self.read[family] = packet.parse_rules(self.held(family))
-        interface = {"node": "", "outside": "eth0", "node2": "eth0"}.get(where, f"v-{where}")
-        one = packet.Packet(source, ip, port, protocol, interface=interface)  # type: ignore[arg-type]
-        host = packet.Host([*NODE_ADDRESS.values(), *BRIDGE_ADDRESS.values()])
-        return packet.walk(self.read[family], one, host)
+        one = first_packet(where, source, ip, port, protocol)
+        return packet.walk(self.read[family], one, THE_NODE)
 
 
 class Nftables(Compiled):
@@ -268,6 +277,7 @@ class Nftables(Compiled):
     def __init__(self, cluster: NetCluster) -> None:
         super().__init__(cluster)
         self.rules: dict[Family, NftablesRules] = {}
+        self.read: NftRuleset | None = None
 
     def install(self, table: ForwardingTable, options: Options) -> None:
         # Also an operator's own rules of the scenario before (guard).
@@ -298,6 +308,17 @@ class Nftables(Compiled):
 
     def nft(self, text: str) -> None:
         self.cluster.run("node", "nft", "-f", "-", text=text)
+        self.read = None
+
+    def predict(
+        self, where: str, source: str, ip: str, port: int, protocol: str
+    ) -> tuple[packet.Outcome, ...]:
+        if self.read is None:
+            # What the kernel holds, with iptables' own tables for the guard.
+            text = self.cluster.run("node", "nft", "-s", "list", "ruleset")
+            self.read = parse_nftables(text, strict=False)
+        one = first_packet(where, source, ip, port, protocol)
+        return walk_nftables(self.read, one, THE_NODE)
 
 
 class Userspace(Compiled):

@@ -188,7 +188,9 @@ async def test_a_proxy_asks_for_its_node_and_for_nothing_it_does_not_forward() -
         async with following(KubeSpec(api.url, node="node1", only_forwarded=True)) as registry:
             await registry.until(lambda: registry.snapshot.synced)
             snapshot = registry.snapshot
-            assert {a.resource for a in api.asked} == {"services", "endpointslices", "nodes"}
+            assert {a.resource for a in api.asked} == {
+                "services", "endpointslices", "nodes", "servicecidrs",
+            }  # fmt: skip
             assert list(snapshot.nodes) == ["node1"]
             labels = snapshot.nodes["node1"].metadata.labels
             assert labels == {"topology.kubernetes.io/zone": "z-a"}

@@ -200,7 +200,8 @@ def test_the_time_from_a_change_of_endpoints_to_its_answer_is_counted_once() -> 
     def publish(trigger: str) -> None:
         one = slice_of("db", endpoint("10.244.1.50"))
         meta = msgspec.structs.replace(one.metadata, annotations={TRIGGER_TIME: trigger})
-        found = snapshot(DB, msgspec.structs.replace(one, metadata=meta))
+        db = service("db", ip="None", selector={"app": "db"})
+        found = snapshot(db, msgspec.structs.replace(one, metadata=meta))
         plugin.publish(found, everything(found), 0.0)
 
     publish("2025-11-21T07:00:00Z")  # listed at start: says nothing of the speed

@@ -34,7 +34,7 @@ LAYERS = (
     ("site", "control"),
     ("app", "agent", "lookup"),
     ("cluster", "node"),
-    ("up",),
+    ("up", "node_command"),
     ("explain",),
     ("cli",),
     ("__main__", "pytest_plugin"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,6 +60,7 @@ from traffic import (
     WHERE,
     Fate,
     Served,
+    Traits,
     at,
     backed,
     cluster_or_skip,
@@ -89,6 +91,11 @@ NODE = {
 }
 VERSIONS = {"EndpointSlice": "discovery.k8s.io/v1"}
 ORIGINS: tuple[Origin, ...] = ("pod", "node", "outside")
+
+
+# What prints a mode's Services.
+HOLDERS = {"iptables": "iptables-save", "userspace": "iptables-save", "ipvs": "ipset save",
+           "nftables": "nft list ruleset"}  # fmt: skip
 
 
 class Site:
@@ -160,9 +167,8 @@ class Site:
         )  # fmt: skip
 
     def held(self) -> str:
-        """Return the node's rules of IPv4."""
-        argv = ("iptables-save",) if self.mode == "iptables" else ("nft", "list", "ruleset")
-        return self.cluster.run("node", *argv)
+        """Return what the node holds of IPv4, where Services are in it."""
+        return self.cluster.run("node", *HOLDERS[self.mode].split())
 
     # --- its clients --------------------------------------------------------------------
 
@@ -181,6 +187,7 @@ class Site:
     def expect(
         self, origin: str, ip: str, port: int, fate: Fate, protocol: str = "tcp", source: str = ""
     ) -> None:
+        fate = self.traits.seen(fate)
         found = fate_of(self.ask(origin, ip, port, fate, protocol, source))
         assert found == fate, f"{protocol} from {origin} {source} to {ip} port {port}"
 
@@ -188,6 +195,7 @@ class Site:
         self, origin: str, ip: str, port: int, fate: Fate, protocol: str = "tcp", source: str = ""
     ) -> None:
         """Wait until it is so."""
+        fate = self.traits.seen(fate)
         found: list[Fate] = []
 
         def so() -> bool:
@@ -230,12 +238,7 @@ def cluster() -> Iterator[NetCluster]:
         yield made
 
 
-# Modes that leave packets to the kernel. What one that relays itself does differs in each of
-# these scenarios; its own are in test_kernel_traffic.py and test_kernel_userspace.py.
-MODES = [mode for mode in TRAITS if is_tested_here(mode) and TRAITS[mode].keeps_source]
-
-
-@pytest.fixture(params=MODES)
+@pytest.fixture(params=[mode for mode in TRAITS if is_tested_here(mode)])
 def site(cluster: NetCluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
     try:
         cluster.run("node", "nft", "flush", "ruleset")
@@ -247,6 +250,8 @@ def site(cluster: NetCluster, tmp_path: Path, request: pytest.FixtureRequest) ->
     if IN_MACHINE:
         forget_ipvs(cluster)
     cluster.request("node", "forget")
+    # The proxy's to set where a mode needs it.
+    cluster.request("node", "write", path="/proc/sys/net/ipv4/conf/all/route_localnet", text="0")
     made = Site(cluster, tmp_path, request.param)
     try:
         yield made
@@ -323,7 +328,8 @@ def test_walk_through_of_every_kind_of_service(site: Site) -> None:
     hairpin = Served({both[0]: True, both[1]: False})
     site.expect("pod-a", ips["cluster-ip"], PORT, hairpin)
     held = site.held()
-    assert "default/node-port" in held and "google-svc" not in held
+    assert ("default/node-port" if site.traits.names_services else ips["node-port"]) in held
+    assert "google-svc" not in held
 
     site.put(exposed("cluster-ip", ip=ips["cluster-ip"]), *slices[:1])
     site.soon("outside", NODE_ADDRESS[4], NODE_PORT, REFUSED)
@@ -350,11 +356,15 @@ def test_scaled_to_zero_is_refused_and_back_again_is_served(site: Site) -> None:
     for numbers in ((10, 20), (), (11,)):
         site.put(service, *behind(*numbers))
         for family, (protocol, _, _) in product(FAMILIES, ports):
-            fate = served(*(at(n, family) for n in numbers), masquerade=False)
-            site.soon("pod", CLUSTER_IP[family], PORT, fate if numbers else REFUSED, protocol)
+            fate: Fate = served(*(at(n, family) for n in numbers), masquerade=False)
+            if not numbers:
+                fate = REFUSED
+            if not site.traits.carries(protocol):
+                fate = PASSED  # such Services are told of in the log
+            site.soon("pod", CLUSTER_IP[family], PORT, fate, protocol)
             if not numbers:
                 site.expect("outside", NODE_ADDRESS[family], NODE_PORT, REFUSED, "tcp")
-                site.expect("outside", LB_IP[family], PORT, REFUSED, protocol)
+                site.expect("outside", LB_IP[family], PORT, fate, protocol)
 
 
 def test_udp_clients_follow_a_server_that_moves_and_learn_when_it_ends(site: Site) -> None:
@@ -391,7 +401,7 @@ def test_udp_clients_follow_a_server_that_moves_and_learn_when_it_ends(site: Sit
 
 def test_policies_and_source_ranges_take_effect_while_it_runs(site: Site) -> None:
     here, there = at(10), at(10, node=2)
-    inside = OUTSIDE[4][0]
+    within = OUTSIDE[4][0]
     both = [backed(on(1, 10), on(2, 10))]
     site.put(web(), *both)
     site.start()
@@ -399,7 +409,8 @@ def test_policies_and_source_ranges_take_effect_while_it_runs(site: Site) -> Non
 
     site.put(web(externalTrafficPolicy="Local"), *both)
     site.soon("outside", LB_IP[4], PORT, served(here, masquerade=False))
-    site.expect("pod", LB_IP[4], PORT, served(here, there, masquerade=False))
+    inside = (here,) if site.traits.local_for_all else (here, there)
+    site.expect("pod", LB_IP[4], PORT, served(*inside, masquerade=False))
 
     site.put(web(externalTrafficPolicy="Local"), backed(on(2, 10)))
     site.soon("outside", LB_IP[4], PORT, DROPPED)
@@ -411,9 +422,9 @@ def test_policies_and_source_ranges_take_effect_while_it_runs(site: Site) -> Non
     site.expect("outside", LB_IP[4], PORT, served(here, there, masquerade=True))
 
     site.put(web(loadBalancerSourceRanges=["203.0.113.0/24"]), *both)
-    site.soon("outside", LB_IP[4], PORT, DROPPED)
+    site.soon("outside", LB_IP[4], PORT, site.traits.out_of_ranges)
     open_to = served(here, there, masquerade=True)
-    site.expect("outside", LB_IP[4], PORT, open_to, source=inside)
+    site.expect("outside", LB_IP[4], PORT, open_to, source=within)
     site.expect("outside", EXTERNAL_IP[4], PORT, open_to)
 
 
@@ -421,6 +432,9 @@ def test_policies_and_source_ranges_take_effect_while_it_runs(site: Site) -> Non
 
 
 def test_neither_a_crash_nor_a_restart_nor_an_end_harms_a_connection(site: Site) -> None:
+    """But where they go through the process: those end with it, which the client learns at
+    once, and are refused until it is back."""
+    lasting = site.traits.outlives_proxy
     site.put(dual(), *ends((1, 10), (2, 10)))
     site.start()
     connections = [
@@ -441,19 +455,28 @@ def test_neither_a_crash_nor_a_restart_nor_an_end_harms_a_connection(site: Site)
         site.start()
         site.soon("pod", CLUSTER_IP[4], PORT, served(at(11, node=2), masquerade=False))
         site.soon("outside", LB_IP[6], PORT, served(at(11, 6, node=2), masquerade=True))
+        new = [site.cluster.open(where, CLUSTER_IP[4], PORT) for where in ("client", "node")]
+        assert {one.again().outcome for one in new} == {"answered"}
         assert site.end(signal.SIGTERM) == 0
         at_last = len(replies)
         until("connections after its end", lambda: len(replies) > at_last + 20)
-    assert {reply.outcome for reply in replies} == {"answered"}
-    # The endpoints left their Service, but not those who were at them.
-    with_old = [(reply.at, reply.peer) for reply in before]
-    assert [(r.at, r.peer) for r in (one.again() for one in connections)] == with_old
-    for one in connections:
+    afterwards = [one.again() for one in connections]
+    if lasting:
+        assert {reply.outcome for reply in replies} == {"answered"}
+        # The endpoints left their Service, but not those who were at them.
+        with_old = [(reply.at, reply.peer) for reply in before]
+        assert [(reply.at, reply.peer) for reply in afterwards] == with_old
+        assert {one.again().outcome for one in new} == {"answered"}
+    else:
+        ended = {"closed", "ECONNRESET"}
+        assert {reply.outcome for reply in replies} <= {"answered", "refused", *ended}
+        assert {reply.outcome for reply in (*afterwards, *(one.again() for one in new))} <= ended
+    for one in (*connections, *new):
         one.close()
     for family in FAMILIES:
         fate = served(at(11, family, node=2), masquerade=True)
         for _, ip, port in frontends(family):
-            site.expect("outside", ip, port, fate)
+            site.expect("outside", ip, port, fate if lasting else REFUSED)
 
 
 def test_clients_with_affinity_stay_where_they_are_over_changes_and_restarts(site: Site) -> None:
@@ -476,7 +499,10 @@ def test_clients_with_affinity_stay_where_they_are_over_changes_and_restarts(sit
     assert chosen() == first
     site.end(signal.SIGTERM)
     site.start()
-    assert chosen() == first
+    # A process that remembers by itself has forgotten: it takes four endpoints in turn now.
+    again = chosen()
+    assert (again == first) == site.traits.memory_outlives_proxy
+    assert chosen() == again
 
 
 def test_draining_endpoint_keeps_its_connections_and_gets_no_new_ones(site: Site) -> None:
@@ -542,10 +568,15 @@ SIGNS = {"iptables": ":KUBE-SVC-", "userspace": ":KUBE-PORTALS-", "nftables": "k
          "ipvs": "KUBE-IPVS-"}  # fmt: skip
 
 
+def rules_of(site: Site, mode: str) -> str:
+    """Return what the kernel has in the way in which a mode writes rules."""
+    argv = ("nft", "list", "ruleset") if mode == "nftables" else ("iptables-save",)
+    return site.cluster.run("node", *argv)
+
+
 def left_of(site: Site, mode: str) -> bool:
     """Whether a mode's rules are on the node."""
-    argv = ("nft", "list", "ruleset") if mode == "nftables" else ("iptables-save",)
-    held = site.cluster.run("node", *argv)
+    held = rules_of(site, mode)
     if mode == "ipvs" and IN_MACHINE:
         held += site.cluster.run("node", "ipset", "save")
         if "kube-ipvs0" in site.cluster.run("node", "ip", "link"):
@@ -569,6 +600,86 @@ def expect_nothing_forwarded(site: Site) -> None:
             fate = REFUSED if kind == "node port" else PASSED
             site.expect("pod", ip, port, fate)
             site.expect("outside", ip, port, fate)
+
+
+# --- Others write rules, too ------------------------------------------------------------------
+
+# At the hooks and priorities that each mode has rules at.
+OTHERS = """\
+table ip somebody {
+	chain forward {
+		type filter hook forward priority filter; policy accept;
+		ip saddr 192.0.2.1 drop
+	}
+
+	chain prerouting {
+		type nat hook prerouting priority dstnat; policy accept;
+		tcp dport 9 redirect to :10
+	}
+
+	chain output {
+		type nat hook output priority -100; policy accept;
+		tcp dport 9 redirect to :10
+	}
+
+	chain postrouting {
+		type nat hook postrouting priority srcnat; policy accept;
+		ip saddr 192.0.2.1 masquerade
+	}
+}
+table inet guard {
+	chain input {
+		type filter hook input priority filter; policy accept;
+		ip saddr 192.0.2.1 drop
+	}
+}
+"""
+
+
+needs_nft = pytest.mark.skipif(shutil.which("nft") is None, reason="no nft here")
+
+
+@needs_nft
+def test_a_table_of_others_at_the_same_hooks_is_in_nobodys_way_and_stays(site: Site) -> None:
+    def theirs() -> str:
+        tables = ("ip", "somebody"), ("inet", "guard")
+        return "".join(site.cluster.run("node", "nft", "list", "table", *one) for one in tables)
+
+    site.cluster.run("node", "nft", "-f", "-", text=OTHERS)
+    before = theirs()
+    site.put(web(), backed(on(1, 10)))
+    site.start()
+    for kind, ip, port in frontends(4):
+        site.expect("pod", ip, port, served(at(10), masquerade=kind != "cluster IP"))
+        site.expect("outside", ip, port, served(at(10), masquerade=True))
+    site.put(web(), backed(on(1, 20)))
+    site.soon("outside", LB_IP[4], PORT, served(at(20), masquerade=True))
+    assert theirs() == before
+    assert site.end(signal.SIGTERM) == 0
+    assert site.finish("--cleanup").returncode == 0
+    assert theirs() == before
+
+
+@needs_nft
+def test_rules_that_another_program_flushed_are_back_by_themselves(site: Site) -> None:
+    period = {"syncPeriod": "300ms"}
+    config = {
+        "apiVersion": "kubeproxy.config.k8s.io/v1alpha1", "kind": "KubeProxyConfiguration",
+        "mode": site.mode, "hostnameOverride": NODE_NAME, "oomScoreAdj": 0,
+        "clusterCIDR": ",".join(CLUSTER_CIDR.values()), "conntrack": {"maxPerCore": 0},
+        "iptables": period, "nftables": period, "ipvs": period,
+    }  # fmt: skip
+    file = site.folder / "config.json"
+    file.write_text(json.dumps(config))
+    site.put(web(), backed(on(1, 10)))
+    site.start(f"--config={file}")
+    site.expect("outside", LB_IP[4], PORT, served(at(10), masquerade=True))
+    for _ in range(2):
+        assert SIGNS[site.mode] in rules_of(site, site.mode)
+        site.cluster.run("node", "nft", "flush", "ruleset")
+        until("it is told", lambda: "changed by somebody else" in site.log_file.read_text(), SETTLE)
+        until("they are back", lambda: SIGNS[site.mode] in rules_of(site, site.mode), SETTLE)
+        site.soon("outside", LB_IP[4], PORT, served(at(10), masquerade=True))
 
 
 # --- decide() and the kernel ------------------------------------------------------------------
@@ -619,25 +730,28 @@ def every_service() -> list[Object]:
 
 
 def decided(
-    forwarding: Forwarding, kind: FrontendKind, origin: Origin, beside: Fate, **settings: bool
+    forwarding: Forwarding, kind: FrontendKind, origin: Origin, traits: Traits, **settings: bool
 ) -> Fate | None:
-    """Return what decide() says, in a client's terms; None if a client could not tell.
-
-    beside -- what the node gets at an address that it does not have, without endpoints
-    """
+    """Return what decide() says, in a client's terms and as far as the mode can follow it; None
+    if a client could not tell."""
+    if not traits.carries(forwarding.protocol):  # on the node it is another's to answer
+        return None if kind == "node port" else PASSED
     decision = decide(forwarding, kind, origin, **settings)
     if decision.verdict == "drop":
-        return DROPPED
+        return traits.none_inside if kind == "cluster IP" else DROPPED
     if decision.verdict == "reject":
         # The one exception (reference 1.3), of iptables: OUTPUT does not lead to
         # KUBE-EXTERNAL-SERVICES, so what the node itself sends to an address outside it leaves,
         # and is nobody's here.
         outside = origin == "node" and kind in ("external IP", "loadbalancer IP")
-        return beside if outside else REFUSED
-    far = any(not endpoint.local for endpoint in decision.endpoints)
-    if origin == "outside" and far and not decision.masquerade:
+        return traits.node_beside if outside else REFUSED
+    chosen = decision.endpoints
+    if traits.local_for_all and kind != "cluster IP" and forwarding.external_local:
+        chosen = tuple(one for one in chosen if one.local) or chosen
+    far = any(not endpoint.local for endpoint in chosen)
+    if origin == "outside" and far and not decision.masquerade and traits.keeps_source:
         return None  # the other node would answer it directly, from an address it did not ask
-    return served(*map(str, decision.endpoints), masquerade=decision.masquerade)
+    return traits.seen(served(*map(str, chosen), masquerade=decision.masquerade))
 
 
 @pytest.mark.parametrize("flags", SETTINGS, ids=["detector", "masquerade-all", "no-detector"])
@@ -658,9 +772,7 @@ def test_packets_go_where_decide_says(site: Site, flags: tuple[str, ...]) -> Non
             compiler.update(snapshot, everything(snapshot))
             for one in compiler.table:
                 for place in one.frontends:
-                    fate = decided(
-                        one, place.kind, origin, site.traits.node_beside, **SETTINGS[flags]
-                    )
+                    fate = decided(one, place.kind, origin, site.traits, **SETTINGS[flags])
                     if fate is None:
                         continue
                     ip = place.address or NODE_ADDRESS[family]
@@ -673,7 +785,10 @@ def test_packets_go_where_decide_says(site: Site, flags: tuple[str, ...]) -> Non
     with ThreadPoolExecutor(len(ORIGINS)) as threads:
         list(threads.map(compare, ORIGINS))
     assert not wrong, "\n".join(wrong)
-    assert asked["pod"] == asked["node"] == 20 * 4 * len(families)
+    # Of one Service in three no node port is asked where SCTP is not carried.
+    ports = 20 * 4 - (0 if site.traits.carries_sctp else 7)
+    assert asked["pod"] == asked["node"] == ports * len(families)
     # Without a detector, six ClusterIPs with endpoints on the other node are not asked.
-    unasked = 0 if SETTINGS[flags].get("detects", True) else 6
-    assert asked["outside"] == (20 * 4 - unasked) * len(families)
+    detects = SETTINGS[flags].get("detects", True) or not site.traits.keeps_source
+    unasked = 0 if detects else 6
+    assert asked["outside"] == (ports - unasked) * len(families)

@@ -1,12 +1,13 @@
-"""The spelling equals the decision: packets walked through the iptables text of a table must
-fare exactly as table.decide() says: same endpoints with equal chances, masqueraded or not,
-refused or dropped. And reference 1.7's 30 flows in 4 configurations, written down by hand."""
+"""The spelling equals the decision: packets walked through the iptables or nftables text of a
+table must fare exactly as table.decide() says: same endpoints with equal chances, masqueraded or
+not, refused or dropped. And reference 1.7's 30 flows in 4 configurations, written down by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from ipaddress import ip_address, ip_network
 from typing import Any
 
@@ -23,10 +24,10 @@ from forwarding import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdns.proxy.iptables import render_rules
+from kdns.proxy import iptables, nftables
 from kdns.proxy.options import Detector, Family, NodeView, Options
 from kdns.proxy.packet import Host, Outcome, Packet, parse_rules, walk
-from kdns.proxy.ruleset import Ruleset
+from kdns.proxy.packet_nftables import parse_nftables, walk_nftables
 from kdns.proxy.table import Forwarding, ForwardingTable, Frontend, Origin, decide
 from kdns.registry.objects import Object
 
@@ -53,25 +54,77 @@ Fate = dict[tuple[str, str, bool], Fraction]
 
 
 @dataclass(frozen=True)
+class Mode:
+    """One way to spell a table, and in what it differs for clients (reference 2.2).
+
+    spell        -- table and options -> how a packet fares: walk() with its rules
+    refuses_node -- the node itself is refused where an address that it does not have has no
+                    endpoints
+    ranges_first -- source ranges are asked before it is known whether there are endpoints
+    on_localhost -- node ports may answer on 127.0.0.1
+    hairpins_here -- only endpoints here may be their own clients
+    unknown_port -- what becomes of a packet to a ClusterIP, but to none of its ports
+    last_second  -- of affinity, is still part of it
+    """
+
+    spell: Callable[[ForwardingTable, Options], Callable[..., tuple[Outcome, ...]]]
+    refuses_node: bool = False
+    ranges_first: bool = False
+    on_localhost: bool = True
+    hairpins_here: bool = False
+    unknown_port: str = "untouched"
+    last_second: bool = True
+
+
+def in_iptables(table: ForwardingTable, options: Options) -> Callable[..., tuple[Outcome, ...]]:
+    return partial(walk, parse_rules(iptables.render_rules(table, options)))
+
+
+def in_nftables(table: ForwardingTable, options: Options) -> Callable[..., tuple[Outcome, ...]]:
+    return partial(walk_nftables, parse_nftables(nftables.render_rules(table, options)))
+
+
+MODES: Mapping[str, Mode] = {
+    "iptables": Mode(in_iptables),
+    "nftables": Mode(
+        in_nftables,
+        refuses_node=True,
+        ranges_first=True,
+        on_localhost=False,
+        hairpins_here=True,
+        unknown_port="reject",
+        last_second=False,
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Case:
     """One table with its text."""
 
+    mode: Mode
     table: ForwardingTable
     options: Options
     host: Host
-    ruleset: Ruleset
+    rules: Callable[..., tuple[Outcome, ...]]
+
+    def walk(self, packet: Packet, host: Host | None = None, **more: Any) -> tuple[Outcome, ...]:
+        return self.rules(packet, host or self.host, **more)
 
 
 def own_addresses(family: Family) -> tuple[str, str]:
     return NODES[family].address, SECOND[family]
 
 
-def case(table: ForwardingTable, options: Options) -> Case:
+def case(mode: str, table: ForwardingTable, options: Options) -> Case:
     host = Host(own_addresses(table.family))
-    return Case(table, options, host, parse_rules(render_rules(table, options)))
+    how = MODES[mode]
+    return Case(how, table, options, host, how.spell(table, options))
 
 
-def packets(options: Options, frontend: Frontend, protocol: Any) -> Iterator[tuple[Origin, Packet]]:
+def packets(
+    mode: Mode, options: Options, frontend: Frontend, protocol: Any
+) -> Iterator[tuple[Origin, Packet]]:
     """Yield who may send to a frontend."""
     family = options.family
     node, loopback = NODES[family].address, LOCALHOST[family]
@@ -89,16 +142,25 @@ def packets(options: Options, frontend: Frontend, protocol: Any) -> Iterator[tup
                     origin,  # type: ignore[misc]
                     Packet(source, address, frontend.port, protocol, interface=interface),
                 )
-    on_localhost = family == 4 and options.localhost_node_ports
+    on_localhost = family == 4 and options.localhost_node_ports and mode.on_localhost
     if not frontend.address and on_localhost and (serving is None or loopback in serving):
         yield "node", Packet(loopback, loopback, frontend.port, protocol)
 
 
 def decided(
-    one: Forwarding, frontend: Frontend, origin: Origin, packet: Packet, options: Options
+    mode: Mode,
+    one: Forwarding,
+    frontend: Frontend,
+    origin: Origin,
+    packet: Packet,
+    options: Options,
 ) -> Fate:
     """What decide() says, with source ranges and hairpin, which it leaves to who asks."""
-    if frontend.kind == "loadbalancer IP" and one.source_ranges and one.has_endpoints:
+    if (
+        frontend.kind == "loadbalancer IP"
+        and one.source_ranges
+        and (one.has_endpoints or mode.ranges_first)
+    ):
         source = ip_address(packet.source)
         if not any(source in ip_network(cidr) for cidr in one.source_ranges):
             return {("drop", "", False): Fraction(1)}
@@ -110,17 +172,19 @@ def decided(
         detects=options.detector is not None,
     )
     elsewhere = bool(frontend.address) and frontend.address not in own_addresses(options.family)
-    if (origin, decision.verdict) == ("node", "reject") and frontend.kind != "cluster IP":
+    refused = (origin, decision.verdict) == ("node", "reject") and not mode.refuses_node
+    if refused and frontend.kind != "cluster IP":
         # kube-proxy (reference 1.3) has no jump from OUTPUT to KUBE-EXTERNAL-SERVICES: what
         # the node itself sends to an address that is not its own is not refused but leaves.
         decision = replace(decision, verdict="untouched" if elsewhere else "reject")  # type: ignore[arg-type]
     if decision.verdict != "forward":
         return {(decision.verdict, "", False): Fraction(1)}
     share = Fraction(1, len(decision.endpoints))
-    return {
-        ("forward", str(e), decision.masquerade or packet.source == e.ip): share
-        for e in decision.endpoints
-    }
+    found: Fate = {}
+    for e in decision.endpoints:
+        itself = packet.source == e.ip and (e.local or not mode.hairpins_here)
+        found["forward", str(e), decision.masquerade or itself] = share
+    return found
 
 
 VERDICTS = {"dropped": "drop", "rejected": "reject"}
@@ -150,9 +214,9 @@ def check(one: Case) -> int:
     flows = 0
     for forwarding in one.table:
         for frontend in forwarding.frontends:
-            for origin, packet in packets(one.options, frontend, forwarding.protocol):
-                found = walk(one.ruleset, packet, one.host)
-                expected = decided(forwarding, frontend, origin, packet, one.options)
+            for origin, packet in packets(one.mode, one.options, frontend, forwarding.protocol):
+                found = one.walk(packet)
+                expected = decided(one.mode, forwarding, frontend, origin, packet, one.options)
                 assert fate(found, one.options.mark) == expected, (
                     forwarding.name,
                     frontend,
@@ -178,14 +242,12 @@ def check_affinity(one: Case, packet: Packet, found: tuple[Outcome, ...], second
     for first in found:
         if not first.dnat:
             continue
-        for age, expected in ((0.0, {first.destination}), (seconds, {first.destination})):
-            recent = dict.fromkeys(first.recent, float(age))
-            again = walk(one.ruleset, packet, one.host, recent=recent)
-            assert {o.destination for o in again} == expected
+        for age in (0.0, seconds - (0.0 if one.mode.last_second else 0.5)):
+            again = one.walk(packet, recent=dict.fromkeys(first.recent, age))
+            assert {o.destination for o in again} == {first.destination}
             assert {o.port for o in again} == {first.port}
-        over = walk(
-            one.ruleset, packet, one.host, recent=dict.fromkeys(first.recent, seconds + 0.5)
-        )
+        end = seconds + (0.5 if one.mode.last_second else 0.0)
+        over = one.walk(packet, recent=dict.fromkeys(first.recent, end))
         mark = one.options.mark
         assert fate(over, mark) == fate(found, mark)
 
@@ -242,12 +304,15 @@ def by_hand(
     return endpoints, masqueraded
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 @pytest.mark.parametrize(
     ("source", "frontend", "policy"),
     [(*flow, policy) for flow in FLOWS for policy in range(len(POLICIES))],
 )
-def test_thirty_flows(configuration: str, source: str, frontend: str, policy: int) -> None:
+def test_thirty_flows(
+    mode: str, configuration: str, source: str, frontend: str, policy: int
+) -> None:
     service = exposed(node_port=30080, vips=["192.0.2.1"], **POLICIES[policy])
     endpoints = slice_of(
         "web",
@@ -255,7 +320,7 @@ def test_thirty_flows(configuration: str, source: str, frontend: str, policy: in
         endpoint("10.244.2.1", nodeName="node2"),
         ports=(("http", 8080, "TCP"),),
     )
-    one = case(table_of(service, endpoints), CONFIGURATIONS[configuration])
+    one = case(mode, table_of(service, endpoints), CONFIGURATIONS[configuration])
     destination, port = {
         "ip": ("10.96.0.50", 80),
         "vip": ("192.0.2.1", 80),
@@ -264,10 +329,11 @@ def test_thirty_flows(configuration: str, source: str, frontend: str, policy: in
     interface = {POD: "cni0", STRANGER: "eth0"}.get(source, "")
     packet = Packet(source, destination, port, interface=interface)
     places, masqueraded = by_hand(configuration, source, frontend, policy)
+    if source == "127.0.0.1" and not one.mode.on_localhost:
+        assert fate(one.walk(packet)) == {("untouched", "", False): 1}
+        return
     share = Fraction(1, len(places))
-    assert fate(walk(one.ruleset, packet, one.host)) == {
-        ("forward", place, masqueraded): share for place in places
-    }
+    assert fate(one.walk(packet)) == {("forward", place, masqueraded): share for place in places}
 
 
 # --- By hand -----------------------------------------------------------------------------------
@@ -345,50 +411,57 @@ TABLES: Mapping[str, tuple[Object, ...]] = {
 }
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("detector", ["cidr", "interface", "prefix", ""])
 @pytest.mark.parametrize("name", TABLES)
-def test_known_tables_are_spelt_as_decided(name: str, detector: str) -> None:
+def test_known_tables_are_spelt_as_decided(name: str, detector: str, mode: str) -> None:
     table = table_of(*TABLES[name])
-    flows = check(case(table, options_of(4, detector)))
+    flows = check(case(mode, table, options_of(4, detector)))
     assert flows or name == "nothing"
 
 
-def test_more_than_a_thousand_endpoints_are_spelt_as_decided() -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_more_than_a_thousand_endpoints_are_spelt_as_decided(mode: str) -> None:
     """kube-proxy's "large cluster": fewer comments, the same rules."""
     members = [endpoint(f"10.244.{n // 250}.{n % 250 + 1}", nodeName="node2") for n in range(1001)]
     table = table_of(exposed(), slice_of("web", *members))
-    one = case(table, options_of(4))
-    assert check(one) == 5
+    assert check(case(mode, table, options_of(4))) == 5
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("masquerade_all", [False, True])
 @pytest.mark.parametrize("detector", ["cidr", ""])
 def test_the_recorded_cluster_is_spelt_as_decided(
-    family: Family, masquerade_all: bool, detector: str
+    family: Family, masquerade_all: bool, detector: str, mode: str
 ) -> None:
     table = table_of(*cluster_objects(), family=family, node=NODES[family])
     options = options_of(family, detector, masquerade_all=masquerade_all)
-    assert check(case(table, options)) >= (100 if family == 4 else 5)
+    assert check(case(mode, table, options)) >= (100 if family == 4 else 5)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("serving", [("192.168.77.1",), ("172.18.0.9", "127.0.0.1"), ()])
 @pytest.mark.parametrize("localhost", [True, False])
 def test_node_ports_are_served_on_the_addresses_named_only(
-    serving: tuple[str, ...], localhost: bool
+    serving: tuple[str, ...], localhost: bool, mode: str
 ) -> None:
     table = table_of(exposed(node_port=30080), slice_of("web", HERE))
     options = options_of(4, node_port_addresses=serving, localhost_node_ports=localhost)
-    one = case(table, options)
+    one = case(mode, table, options)
     check(one)
+    localhost = localhost and one.mode.on_localhost
     for address in ("192.168.77.1", "172.18.0.9", "127.0.0.1"):
-        (found,) = walk(one.ruleset, Packet(address, address, 30080), one.host)
+        (found,) = one.walk(Packet(address, address, 30080))
         served = address in serving and (localhost or address != "127.0.0.1")
         assert found.dnat == served
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("family", "localhost"), [(4, False), (6, True), (6, False)])
-def test_localhost_has_no_node_ports_where_that_is_off(family: Family, localhost: bool) -> None:
+def test_localhost_has_no_node_ports_where_that_is_off(
+    family: Family, localhost: bool, mode: str
+) -> None:
     pod, node = PODS[family][0], "IPv6" if family == 6 else "IPv4"
     service = exposed(node_port=30080, ip="10.96.0.50" if family == 4 else "fd00:10:96::50")
     table = table_of(
@@ -397,35 +470,38 @@ def test_localhost_has_no_node_ports_where_that_is_off(family: Family, localhost
         family=family,
         node=NODES[family],
     )
-    one = case(table, options_of(family, localhost_node_ports=localhost))
-    (found,) = walk(one.ruleset, Packet(LOCALHOST[family], LOCALHOST[family], 30080), one.host)
+    one = case(mode, table, options_of(family, localhost_node_ports=localhost))
+    (found,) = one.walk(Packet(LOCALHOST[family], LOCALHOST[family], 30080))
     assert (found.verdict, found.dnat) == ("delivered", False)
     check(one)
 
 
-def test_the_load_balancers_own_address_may_use_it_where_the_node_may() -> None:
-    table = table_of(*TABLES["source ranges"])
-    one = case(table, options_of(4))
+@pytest.mark.parametrize("mode", MODES)
+def test_the_load_balancers_own_address_may_use_it_where_the_node_may(mode: str) -> None:
+    one = case(mode, table_of(*TABLES["source ranges"]), options_of(4))
     owner = Host([NODE, "192.0.2.1"])
     packet = Packet("192.0.2.1", "192.0.2.1", 80)
-    assert {o.dnat for o in walk(one.ruleset, packet, owner)} == {True}
+    assert {o.dnat for o in one.walk(packet, owner)} == {True}
 
 
-def test_what_is_no_service_passes_untouched() -> None:
-    one = case(table_of(*cluster_objects()), options_of(4))
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_no_service_passes_untouched(mode: str) -> None:
+    one = case(mode, table_of(*cluster_objects()), options_of(4))
     for packet in (
         Packet(POD, "1.1.1.1", 443, interface="cni0"),
-        Packet(POD, "10.96.20.1", 8081, interface="cni0"),
+        Packet(POD, "10.97.20.1", 8081, interface="cni0"),
         Packet(STRANGER, NODE, 22, interface="eth0"),
         Packet(NODE, "10.244.2.1", 10250),
     ):
-        assert fate(walk(one.ruleset, packet, one.host)) == {("untouched", "", False): 1}
+        assert fate(one.walk(packet)) == {("untouched", "", False): 1}
+    other_port = Packet(POD, "10.96.20.1", 8081, interface="cni0")
+    assert fate(one.walk(other_port)) == {(one.mode.unknown_port, "", False): 1}
 
 
 def test_health_check_node_ports_are_let_in() -> None:
     """Also where the host's own rules drop everything else behind ours."""
     table = table_of(*TABLES["eTP Local, here and there"])
-    text = render_rules(table, options_of(4))
+    text = iptables.render_rules(table, options_of(4))
     guarded = parse_rules(
         "*filter\n-A INPUT -j DROP\nCOMMIT\n", onto=parse_rules(text), file="host"
     )
@@ -508,7 +584,7 @@ def objects_(draw: st.DrawFn, family: Family) -> list[Object]:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn) -> tuple[ForwardingTable, Options]:
     family: Family = draw(st.sampled_from([4, 6]))
     node = NODES[family]
     serving = st.sampled_from([None, None, (node.address,), (SECOND[family], LOCALHOST[family])])
@@ -523,10 +599,64 @@ def cases(draw: st.DrawFn) -> Case:
         drop_invalid=draw(st.booleans()),
     )
     table = table_of(*draw(objects_(family)), node=node, family=family)
-    return case(table, options)
+    return table, options
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
-def test_any_table_is_spelt_as_decided(one: Case) -> None:
-    check(one)
+def test_any_table_is_spelt_as_decided(one: tuple[ForwardingTable, Options]) -> None:
+    for mode in MODES:
+        check(case(mode, *one))
+
+
+def places(table: ForwardingTable, family: Family) -> list[tuple[str, int]]:
+    """Addresses and ports that mean something, and some that do not: in any mixture."""
+    fronts = [front for one in table for front in one.frontends]
+    addresses = {front.address for front in fronts if front.address} | {*own_addresses(family)}
+    addresses |= {"10.96.0.77", "1.1.1.1"} if family == 4 else {"fd00:10:96::77", "2001:db8:9::9"}
+    ports = {front.port for front in fronts} | {81}
+    return sorted((address, port) for address in addresses for port in ports)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(cases(), st.data())
+def test_what_becomes_of_a_packet_is_the_same_in_both_but_where_they_differ_by_design(
+    one: tuple[ForwardingTable, Options], data: st.DataObject
+) -> None:
+    table, options = one
+    family = options.family
+    both = [case(mode, *one) for mode in MODES]
+    cluster_ips = {port.cluster_ip for port in table}
+    elsewhere = {str(e) for port in table for e in port.reachable if not e.local}
+    ranged = {ip for port in table if port.source_ranges for ip in port.load_balancer_ips}
+    sources = [*((pod, "cni0") for pod in PODS[family]), *((o, "eth0") for o in OUTSIDE[family])]
+    for address, port in places(table, family):
+        source, interface = data.draw(st.sampled_from([*sources, (NODES[family].address, "")]))
+        protocol = data.draw(st.sampled_from(["tcp", "udp", "sctp"]))
+        packet = Packet(source, address, port, protocol, interface=interface)  # type: ignore[arg-type]
+        fates = [fate(each.walk(packet), options.mark) for each in both]
+        (theirs,), (ours,) = ({verdict for verdict, _, _ in found} for found in fates)
+        match theirs, ours:
+            case "untouched", "reject":
+                # Any port of a ClusterIP is refused; and so is the node itself.
+                assert address in cluster_ips or not interface
+            case "untouched" | "reject", "drop":
+                assert address in ranged
+            case "forward", "forward":
+                assert [by_place(found, source, elsewhere) for found in fates] == [
+                    by_place(fates[0], source, elsewhere)
+                ] * 2
+            case _:
+                assert fates[0] == fates[1]
+
+
+def by_place(found: Fate, source: str, elsewhere: set[str]) -> dict[str, tuple[Fraction, bool]]:
+    """Chances and masquerading by endpoint; an endpoint elsewhere that is its own client counts
+    as masqueraded: iptables does so, and nobody sees it."""
+    return {
+        place: (
+            share,
+            masked or (place in elsewhere and place.rpartition(":")[0].strip("[]") == source),
+        )
+        for (_, place, masked), share in found.items()
+    }

@@ -6,9 +6,11 @@ The namespaces it all happens in are netcluster.py's.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 import pytest
@@ -84,13 +86,24 @@ def fate_of(replies: list[Reply]) -> Fate:
 
 @contextmanager
 def cluster_or_skip() -> Iterator[NetCluster]:
-    """Make a cluster of namespaces; where that is not possible, the test is skipped."""
+    """Make a cluster of namespaces; where that is not possible, the test is skipped. In the
+    virtual machine, where it takes long, it is the same one each time: who uses it cleans up."""
     try:
-        made = NetCluster().__enter__()
+        made = _lasting_cluster() if IN_MACHINE else NetCluster().__enter__()
     except Unavailable as error:
         pytest.skip(f"no network namespaces here: {error}")
+    if IN_MACHINE:
+        yield made
+        return
     with made:
         yield made
+
+
+@cache
+def _lasting_cluster() -> NetCluster:
+    made = NetCluster().__enter__()
+    atexit.register(made.close)
+    return made
 
 
 def own_address(origin: str, family: Family) -> str:
@@ -135,6 +148,11 @@ class Traits:
                       client's connections too, and it looks once a minute
     outlives_service -- connections go on when their Service is deleted; else its address leaves
                       the node, and with it all that comes to it
+    outlives_proxy -- connections go on when the process ends, and new ones are led on; else they
+                      go through the process: they end with it, and new ones are refused until
+                      it is back
+    memory_outlives_proxy -- so does affinity: the kernel remembers it
+    names_services -- the rules say whose they are; IPVS and ipsets have no place for it
     """
 
     unknown_port: Fate = PASSED
@@ -154,6 +172,19 @@ class Traits:
     shared_memory: bool = True
     memory_ends: bool = True
     outlives_service: bool = True
+    outlives_proxy: bool = True
+    memory_outlives_proxy: bool = True
+    names_services: bool = True
+
+    def seen(self, fate: Fate) -> Fate:
+        """Return what an endpoint sees of a client that it would serve with the client's own
+        address, where that can be kept."""
+        if self.keeps_source or not isinstance(fate, Served):
+            return fate
+        return served(*fate.endpoints, masquerade=True)
+
+    def carries(self, protocol: str) -> bool:
+        return self.carries_sctp or protocol != "sctp"
 
     def enough(self, endpoints: int) -> int:
         """Return how many connections hit each of so many endpoints."""
@@ -182,6 +213,8 @@ TRAITS: Mapping[str, Traits] = {
         carries_sctp=False,
         out_of_ranges="ECONNRESET",
         flows_follow=True,
+        outlives_proxy=False,
+        memory_outlives_proxy=False,
     ),
     "ipvs": Traits(
         unknown_port=REFUSED,
@@ -196,6 +229,7 @@ TRAITS: Mapping[str, Traits] = {
         shared_memory=False,
         memory_ends=False,
         outlives_service=False,
+        names_services=False,
     ),
 }
 

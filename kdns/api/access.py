@@ -246,8 +246,13 @@ def write_private(path: Path, content: bytes) -> None:
         raise
 
 
-def kubeconfig(url: str, credentials: Credentials, namespace: str = "default") -> str:
-    """Return the text of a kubeconfig that reaches the server."""
+def kubeconfig(
+    url: str, credentials: Credentials, namespace: str = "default", control: str = ""
+) -> str:
+    """Return the text of a kubeconfig that reaches the server.
+
+    control -- path of the control socket (control.py), for our own commands to find
+    """
     cluster, user = [f"server: {_quoted(url)}"], []
     if credentials.secure:
         ca = base64.b64encode(credentials.ca).decode()
@@ -255,6 +260,9 @@ def kubeconfig(url: str, credentials: Credentials, namespace: str = "default") -
     if credentials.token:
         user.append(f"token: {_quoted(credentials.token)}")
     context = [f"cluster: {NAME}", f"user: {NAME}", f"namespace: {_quoted(namespace)}"]
+    if control:
+        context += ["extensions:", f"- name: {NAME}", "  extension:",
+                    f"    control: {_quoted(control)}"]  # fmt: skip
     lines = ["apiVersion: v1", "kind: Config", f"current-context: {NAME}"]
     for word, fields in (("cluster", cluster), ("user", user), ("context", context)):
         lines += [f"{word}s:", f"- name: {NAME}", f"  {word}:{'' if fields else ' {}'}"]

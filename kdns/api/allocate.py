@@ -141,6 +141,11 @@ class Allocator:
         """Return the n-th address of the first service range: 1 is "kubernetes"', 10 kube-dns'."""
         return str(self.service_networks[0][number])
 
+    @property
+    def service_cidrs(self) -> list[str]:
+        """The ranges that Services get addresses from."""
+        return [str(network) for network in self.service_networks]
+
     # --- the life of objects ------------------------------------------------------------------
 
     def load(self, objects: Iterable[Obj]) -> None:

@@ -32,7 +32,7 @@ ORDER: Final[Mapping[str, int]] = {
     kind: rank
     for rank, kind in enumerate(
         "Namespace Node ServiceAccount Secret ConfigMap Service Endpoints EndpointSlice Pod"
-        " ReplicaSet Deployment StatefulSet Lease Event".split()
+        " ReplicaSet Deployment StatefulSet Lease ServiceCIDR Event".split()
     )
 }
 

@@ -18,7 +18,15 @@ from kdns.errors import ObjectError
 from kdns.metrics import Metrics
 from kdns.pipeline import Pipeline
 from kdns.registry.decode import broken_key, decode_event, decode_page
-from kdns.registry.objects import ENDPOINT_SLICE, NAMESPACE, NODE, POD, SERVICE, Kind
+from kdns.registry.objects import (
+    ENDPOINT_SLICE,
+    NAMESPACE,
+    NODE,
+    POD,
+    SERVICE,
+    SERVICE_CIDR,
+    Kind,
+)
 from kdns.registry.spec import KubeSpec, ManifestSpec
 from kdns.source import follow as elsewhere
 from kdns.source.selectors import selectors_of
@@ -31,6 +39,7 @@ RESOURCES: Final = {
     POD: BY_PLURAL["", "pods"],
     NODE: BY_PLURAL["", "nodes"],
     ENDPOINT_SLICE: BY_PLURAL["discovery.k8s.io", "endpointslices"],
+    SERVICE_CIDR: BY_PLURAL["networking.k8s.io", "servicecidrs"],
 }
 
 

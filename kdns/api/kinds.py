@@ -89,6 +89,8 @@ RESOURCES: Final = (
     Resource("apps", "v1", "StatefulSet", "statefulsets", True, ("sts",), ("all",),
              ("status", "scale")),
     Resource("coordination.k8s.io", "v1", "Lease", "leases"),
+    Resource("networking.k8s.io", "v1", "ServiceCIDR", "servicecidrs", False, (), (),
+             ("status",)),
 )  # fmt: skip
 
 BY_PLURAL: Final[Mapping[tuple[str, str], Resource]] = {(r.group, r.plural): r for r in RESOURCES}

@@ -345,6 +345,13 @@ coordination.k8s.io/v1.LeaseSpec The holder of a lease, and for how long.
   acquireTime When the holder got it.
   renewTime When the holder last said that it is alive.
   leaseTransitions How often it changed hands.
+networking.k8s.io/v1.ServiceCIDR Where Services get their addresses from.
+  spec The ranges.
+  status Whether they are in use.
+networking.k8s.io/v1.ServiceCIDRSpec Ranges of addresses.
+  cidrs One range, or one of IPv4 and one of IPv6.
+networking.k8s.io/v1.ServiceCIDRStatus What is known of the ranges.
+  conditions Whether addresses are taken from them.
 autoscaling/v1.Scale The number of Pods of an object that has some.
   spec How many there are to be.
   status How many there are.

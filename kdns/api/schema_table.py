@@ -657,6 +657,16 @@ LeaseSpec
 LeaseList
   apiVersion=0 kind=0 metadata=1:m.ListMeta items!=2:[]Lease
 
+[networking.k8s.io/v1]
+ServiceCIDR
+  apiVersion=0 kind=0 metadata=1:m.ObjectMeta spec=2:ServiceCIDRSpec status=3:ServiceCIDRStatus
+ServiceCIDRSpec
+  cidrs=1:[]string~
+ServiceCIDRStatus
+  conditions=1:[]m.Condition@type%type
+ServiceCIDRList
+  apiVersion=0 kind=0 metadata=1:m.ListMeta items!=2:[]ServiceCIDR
+
 [autoscaling/v1]
 Scale
   apiVersion=0 kind=0 metadata=1:m.ObjectMeta spec=2:ScaleSpec status=3:ScaleStatus

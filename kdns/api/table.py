@@ -732,6 +732,14 @@ class _Lease(_Object, frozen=True):
     spec: _LeaseSpec = _LeaseSpec()
 
 
+class _ServiceCIDRSpec(_Part, frozen=True):
+    cidrs: list[str] = []
+
+
+class _ServiceCIDR(_Object, frozen=True):
+    spec: _ServiceCIDRSpec = _ServiceCIDRSpec()
+
+
 def _namespace(one: _Namespace, meta: _Meta, ages: Ages) -> list[Cell]:
     return [meta.name, one.status.phase, ages.since(meta.creation_timestamp)]
 
@@ -765,6 +773,10 @@ def _scale(one: _Scale, meta: _Meta, ages: Ages) -> list[Cell]:
 
 def _lease(one: _Lease, meta: _Meta, ages: Ages) -> list[Cell]:
     return [meta.name, one.spec.holder_identity, ages.since(meta.creation_timestamp)]
+
+
+def _service_cidr(one: _ServiceCIDR, meta: _Meta, ages: Ages) -> list[Cell]:
+    return [meta.name, ",".join(one.spec.cidrs), ages.since(meta.creation_timestamp)]
 
 
 # --- which kind is printed how ------------------------------------------------------------------
@@ -952,5 +964,10 @@ _FORMS: Final[Mapping[str, Form[Any]]] = {
         [_NAME, _column("Holder", "Who holds it."), _AGE],
         msgspec.json.Decoder(_Lease),
         _lease,
+    ),
+    "servicecidrs.networking.k8s.io": Form(
+        [_NAME, _column("CIDRs", "Ranges that Services get addresses from."), _AGE],
+        msgspec.json.Decoder(_ServiceCIDR),
+        _service_cidr,
     ),
 }

@@ -340,6 +340,35 @@ def _lease(new: Obj, old: Obj | None) -> Causes:
     return out
 
 
+def _service_cidr(new: Obj, old: Obj | None) -> Causes:
+    cidrs = (new.get("spec") or {}).get("cidrs") or []
+    if old is not None:
+        return _kept_cidrs(cidrs, (old.get("spec") or {}).get("cidrs") or [])
+    if not cidrs:
+        return [f.required("spec.cidrs", "at least one CIDR required")]
+    if len(cidrs) > 2:
+        return [f.invalid("spec.cidrs", cidrs, "may only hold up to 2 values")]
+    out: Causes = []
+    for i, text in enumerate(cidrs):
+        out += f.each(f"spec.cidrs[{i}]", text, f.cidr(text))
+    if not out and len(cidrs) == 2 and (":" in cidrs[0]) == (":" in cidrs[1]):
+        text = "may specify no more than one IP for each IP family, i.e 192.168.0.0/24 and"
+        out.append(f.invalid("spec.cidrs", cidrs, f"{text} 2001:db8::/64"))
+    return out
+
+
+def _kept_cidrs(new: list[str], old: list[str]) -> Causes:
+    """Allow no change but a second range, of the other family."""
+    out: Causes = []
+    for i, text in enumerate(old):
+        now = new[i] if i < len(new) else ""
+        if now != text:
+            out.append(f.invalid(f"spec.cidrs[{i}]", now, f.IMMUTABLE))
+    if out or len(new) == len(old):
+        return out
+    return _service_cidr({"spec": {"cidrs": new}}, None)
+
+
 # --- warnings that belong to names --------------------------------------------------------------
 
 
@@ -368,6 +397,7 @@ _KINDS: Final[Mapping[str, Callable[[Obj, Obj | None], Causes]]] = {
     "ConfigMap": _config_map,
     "Secret": _secret,
     "Lease": _lease,
+    "ServiceCIDR": _service_cidr,
     "Deployment": pods.deployment,
     "ReplicaSet": pods.replica_set,
     "StatefulSet": pods.stateful_set,

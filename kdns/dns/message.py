@@ -345,7 +345,7 @@ class Reply:
         self.ede = ede
         if deps is None:
             self.keep = 0.0
-        elif ede is not None:
+        else:
             self.deps += deps
 
     def count(self, cell: Cell, value: float = 1) -> None:
@@ -589,7 +589,7 @@ def _render_opt(query: Query, reply: Reply, ede: Ede | None) -> tuple[bytes, int
         options = ()
     if ede is not None:
         # In place of one that a plugin wrote itself without saying more (`acl`).
-        options = [*(o for o in options if o[0] != OPTION), render_ede(ede)]
+        options = [*[o for o in options if o[0] != OPTION], render_ede(ede)]
     rdata = b"".join([_QTAIL.pack(code, len(data)) + data for code, data in options])
     ttl = ((rcode >> 4) << 24) | (0x8000 if asked.do else 0)
     size = 0 if rcode == t.BADVERS else asked.size

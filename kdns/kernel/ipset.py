@@ -24,6 +24,9 @@ SPARE = "KUBE-SPARE"  # a set is filled under this name before it takes another'
 
 _VERSION = re.compile(r"v(\d+)\.(\d+)")
 _LINE = re.compile(r"Error in line (\d+): ")
+# For each name of a protocol the program reads /etc/protocols: half of its time.
+_NUMBERS: Mapping[str, str] = {",tcp:": ",6:", ",udp:": ",17:", ",sctp:": ",132:"}
+_PROTOCOL = re.compile("|".join(_NUMBERS))
 
 
 @dataclass(slots=True)
@@ -46,7 +49,8 @@ class Ipset:
         if not text:
             return
         argv = (*self.prefix, path_of("ipset"), "restore", "-exist")
-        status, output, stderr = await run_program("ipset", argv, TIMEOUT, text)
+        told = _PROTOCOL.sub(_by_number, text)
+        status, output, stderr = await run_program("ipset", argv, TIMEOUT, told)
         output.close()
         if status != 0:
             at = _LINE.search(stderr)
@@ -105,11 +109,16 @@ def parse_sets(lines: BinaryIO | Iterable[bytes], family: Family) -> dict[str, H
 @dataclass(slots=True)
 class Plan:
     """What to tell ipset: first `before`, which adds; when nothing needs them, `after` takes
-    away. notes -- what an operator should know"""
+    away.
+
+    notes -- what an operator should know
+    room  -- set, named as for IPv4 -> members it can hold then
+    """
 
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    room: dict[str, int] = field(default_factory=dict)
 
 
 def plan_sets(
@@ -127,13 +136,15 @@ def plan_sets(
     for short, kind in SETS.items():
         name, members = set_name(short, family), set(wanted.get(short, ()))
         there = held.get(name)
-        room = room_for(len(members))
+        room = room_for(len(members))  # of a bitmap: one for each port
+        plan.room[short] = room
         if there is None:
             plan.before.append(create_line(name, kind, family, room))
             plan.before += _lines("add", name, members)
             continue
         needed = max(len(members), len(there.members | members) if there.kind == kind else 0)
         if there.kind == kind and (not there.room or needed <= there.room):
+            plan.room[short] = there.room or room
             plan.before += _lines("add", name, members - there.members)
             plan.after += _lines("del", name, there.members - members)
             continue
@@ -148,6 +159,10 @@ def plan_sets(
         plan.before.append(f"swap {spare} {name}\n")
         plan.before.append(f"destroy {spare}\n")
     return plan
+
+
+def _by_number(name: re.Match[str]) -> str:
+    return _NUMBERS[name[0]]
 
 
 def _lines(verb: str, name: str, members: Iterable[str]) -> Iterator[str]:

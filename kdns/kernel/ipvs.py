@@ -24,10 +24,11 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from kdns.errors import ApplyError
 from kdns.kernel import ipvs_netlink, sysctl
+from kdns.kernel.generation import nft_generation
 from kdns.kernel.ipset import HeldSet, Ipset, find_ipset, plan_sets
 from kdns.kernel.iptables import (
     FAMILY_LABEL,
@@ -38,6 +39,7 @@ from kdns.kernel.iptables import (
     target_of,
     tokens,
 )
+from kdns.kernel.ipvs_fingerprint import fingerprint
 from kdns.kernel.ipvs_netlink import (
     DEL_DEST,
     DEL_SERVICE,
@@ -128,12 +130,15 @@ class IpvsDataplane:
         self._tally = _Tally(metrics or Metrics(), FAMILY_LABEL[options.family])
         self._root = root
         self._clock = clock
-        self._room: dict[str, int] = {}  # set, named as for IPv4 -> members it can hold; 0: all
+        self._room: dict[str, int] = {}  # set, named as for IPv4 -> members it can hold
         self._servers: dict[At, Virtual] = {}  # as last written
         self._rendered = False  # the rules follow the table
         self._known = False  # the kernel holds what the rules say
         self._written = False  # something was written: there is something to verify
         self._exact = True  # this iptables prints rules as we write them
+        # At which all was as it should be: of the rules, and of all else.
+        self._generation: int | None = None
+        self._fingerprint: bytes | None = None
 
     # --- writing ----------------------------------------------------------------------
 
@@ -143,7 +148,7 @@ class IpvsDataplane:
         full -- trust nothing that is remembered; so is the first call and one after a failure
         """
         full = full or not self._known
-        self._known = False
+        self._known, self._fingerprint = False, None
         try:
             if full or not await self._write_partial(table, changed):
                 await self._write_full(table, changed)
@@ -171,11 +176,7 @@ class IpvsDataplane:
         for note in plan.notes:
             log.warning("%s: %s", FAMILY_LABEL[self.family], note)
         await self._ipset.restore("".join(plan.before))
-        self._room = {
-            name: one.room
-            for name in SETS
-            if (one := held.get(set_name(name, self.family))) is not None and not plan.notes
-        }
+        self._room = plan.room
         chains = await self._look_at_chains()
         if chains is not None and _is_led_by_rules(chains):
             # Those of the mode iptables send packets on before IPVS sees any: until it is ready
@@ -209,7 +210,9 @@ class IpvsDataplane:
                 )
             ]
             if any(seconds):
-                _check(ipvs.tell_all([(SET_CONFIG, timeouts(*seconds))]), ["set IPVS's time-outs"])
+                (code,) = ipvs.tell_all([(SET_CONFIG, timeouts(*seconds))])
+                if code:
+                    raise ApplyError("ipvs", f"cannot set its time-outs: {os.strerror(code)}")
         for name, value in settings_wanted(self.settings.strict_arp, platform.release()):
             sysctl.put(self._root, f"proc/sys/net/ipv4/{name}", value)
 
@@ -217,11 +220,8 @@ class IpvsDataplane:
         """Write what changed; False, and nothing is written, if that is better done in full."""
         await asyncio.to_thread(self._render, table, changed)
         touched, members = self._rules.touched, self._rules.members
-        # A set that has become too small, or was just made: its size is not known.
-        if any(
-            len(members[name]) > self._room.get(name, 0 if _is_hash(name) else 1 << 16)
-            for name in {one.set for one in touched.members}
-        ):
+        # A set that has become too small is filled anew.
+        if any(len(members[name]) > self._room[name] for name in {m.set for m in touched.members}):
             return False
         new, gone = _member_lines(touched.members, members, self.family)
         await self._ipset.restore("".join(new))
@@ -237,21 +237,23 @@ class IpvsDataplane:
         if not index:
             raise ApplyError("netlink", f"the interface {INTERFACE} is gone")
         ipvs_netlink.change_addresses(self.family, index, new, ())
-        held = {at: self._remembered(at) for at in touched.servers}
-        self._tell(touched.servers, {at: one for at, one in held.items() if one is not None})
+        self._tell(touched.servers, self._remembered(touched.servers))
         ipvs_netlink.change_addresses(self.family, index, (), gone)
         if self.draining:
             self.reap()
 
-    def _remembered(self, at: At) -> HeldVirtual | None:
-        """Return a virtual server as it was last written."""
-        virtual = self._servers.get(at)
-        if virtual is None:
-            return None
-        # Whether a real server has connections is seen once it gets no more.
-        reals = {real: HeldReal(1, 1) for real in virtual.reals}
-        reals |= {real: HeldReal(0, 1) for where, real in self.draining if where == at}
-        return HeldVirtual(virtual.scheduler, virtual.persistence, reals)
+    def _remembered(self, servers: Iterable[At]) -> dict[At, HeldVirtual]:
+        """Return virtual servers as they were last written."""
+        found = {}
+        for at in servers:
+            if (virtual := self._servers.get(at)) is not None:
+                # Whether a real server has connections is seen once it gets no more.
+                reals = {real: HeldReal(1, 1) for real in virtual.reals}
+                found[at] = HeldVirtual(virtual.scheduler, virtual.persistence, reals)
+        for at, real in self.draining:
+            if at in found:
+                found[at].reals[real] = HeldReal(0, 1)
+        return found
 
     def _write_all_servers(self, index: int, bound: set[str]) -> None:
         addresses = self._rules.addresses.keys()
@@ -276,72 +278,66 @@ class IpvsDataplane:
 
     def _tell(self, servers: Iterable[At], held: Mapping[At, HeldVirtual]) -> None:
         """Make the virtual servers what is wanted, from what is held."""
-        commands: list[tuple[int, bytes]] = []
-        purposes: list[str] = []
+        orders: list[_Order] = []
         for at in sorted(servers):
             wanted = self._rules.servers.get(at)
-            for number, body, purpose in self._commands(at, wanted, held.get(at)):
-                commands.append((number, body))
-                purposes.append(purpose)
+            orders += self._orders(at, wanted, held.get(at))
             if wanted is None:
                 self._servers.pop(at, None)
             else:
                 self._servers[at] = wanted
-        if commands:
+        if orders:
             with _ipvs() as ipvs:
-                _check(ipvs.tell_all(commands), purposes)
+                _check(ipvs.tell_all(map(_Order.command, orders)), orders)
 
-    def _commands(
-        self, at: At, wanted: Virtual | None, held: HeldVirtual | None
-    ) -> Iterator[tuple[int, bytes, str]]:
+    def _orders(self, at: At, wanted: Virtual | None, held: HeldVirtual | None) -> Iterator[_Order]:
         if wanted is None:
             if held is not None:
-                yield DEL_SERVICE, server_key(at), f"delete virtual server {at}"
+                yield _Order(DEL_SERVICE, at)
             for one in [one for one in self.draining if one[0] == at]:
                 del self.draining[one]
             return
         if held is None:
-            made = f"make virtual server {at} with scheduler {wanted.scheduler}"
-            yield NEW_SERVICE, server_settings(at, wanted), made
+            yield _Order(NEW_SERVICE, at, virtual=wanted)
         elif (held.scheduler, held.persistence) != (wanted.scheduler, wanted.persistence):
-            yield SET_SERVICE, server_settings(at, wanted), f"change virtual server {at}"
+            yield _Order(SET_SERVICE, at, virtual=wanted)
         reals = held.reals if held is not None else {}
         for real in wanted.reals:
             state = reals.get(real)
             if state is not None and state.weight == 1:
                 continue
             if state is not None:  # it was about to leave
-                yield DEL_DEST, real_server(at, real), f"delete real server {real} of {at}"
+                yield _Order(DEL_DEST, at, real)
                 self.draining.pop((at, real), None)
-            yield NEW_DEST, real_server(at, real), f"add real server {real} to {at}"
+            yield _Order(NEW_DEST, at, real)
         for real, state in reals.items():
             if real in wanted.reals or (state.weight == 0 and (at, real) in self.draining):
                 continue
             if at.protocol == "tcp":
                 self.draining[at, real] = self._clock()
-                yield SET_DEST, real_server(at, real, 0), f"let real server {real} of {at} leave"
+                yield _Order(SET_DEST, at, real)
             else:
-                yield DEL_DEST, real_server(at, real), f"delete real server {real} of {at}"
+                yield _Order(DEL_DEST, at, real)
 
     def reap(self) -> None:
         """Delete the real servers that were to leave and have no connection any more."""
-        held = held_servers(self.family)
+        leaving: dict[At, list[Real]] = {}
+        for at, real in self.draining:
+            leaving.setdefault(at, []).append(real)
         gone: list[tuple[At, Real]] = []
-        for at, real in list(self.draining):
-            virtual = held.get(at)
-            state = virtual.reals.get(real) if virtual is not None else None
-            if state is None:  # somebody else did it
-                del self.draining[at, real]
-            elif not state.flows:
-                gone.append((at, real))
-        if gone:
-            with _ipvs() as ipvs:
-                _check(
-                    ipvs.tell_all([(DEL_DEST, real_server(at, real)) for at, real in gone]),
-                    [f"delete real server {real} of {at}" for at, real in gone],
-                )
-            for one in gone:
-                del self.draining[one]
+        with _ipvs() as ipvs:
+            for at, reals in leaving.items():
+                held = ipvs.reals(at)
+                for real in reals:
+                    state = held.get(real)
+                    if state is None:  # somebody else did it
+                        del self.draining[at, real]
+                    elif not state.flows:
+                        gone.append((at, real))
+            orders = [_Order(DEL_DEST, *one) for one in gone]
+            _check(ipvs.tell_all(map(_Order.command, orders)), orders)
+        for one in gone:
+            del self.draining[one]
         self._tally.draining.set(len(self.draining))
 
     async def _look_at_chains(self) -> _HeldChains | None:
@@ -369,16 +365,43 @@ class IpvsDataplane:
         write. Real servers whose last connection has ended are deleted on the way."""
         if not self._written:
             return True
-        found = [
-            *await asyncio.to_thread(self._server_differences),
-            *await self._set_differences(),
-        ]
-        with await self.programs.save() as lines:
-            found += await asyncio.to_thread(self._chain_differences, lines)
+        if self.draining:
+            # Without IPVS there is more to be told than that.
+            with contextlib.suppress(ApplyError):
+                await asyncio.to_thread(self.reap)
+        found = [*await self._differences_beside_rules(), *await self._rule_differences()]
         if not found:
             return True
         tell_changed("ipvs", found)
         return False
+
+    async def _differences_beside_rules(self) -> list[str]:
+        seen = await asyncio.to_thread(fingerprint, self.family)
+        if seen is not None and seen == self._fingerprint:
+            return []
+        self._fingerprint = None
+        found = await asyncio.to_thread(self._server_differences)
+        found += await self._set_differences()
+        # Only one that held all the while vouches for what was read.
+        if not found and seen == await asyncio.to_thread(fingerprint, self.family):
+            self._fingerprint = seen
+        return found
+
+    async def _rule_differences(self) -> list[str]:
+        seen = self._nft_generation()
+        if seen is not None and seen == self._generation:
+            return []
+        self._generation = None
+        with await self.programs.save() as lines:
+            found = await asyncio.to_thread(self._chain_differences, lines)
+        if not found and seen == self._nft_generation():
+            self._generation = seen
+        return found
+
+    def _nft_generation(self) -> int | None:
+        # What runs behind a prefix may be in another namespace.
+        mine = self.programs.variant == "nft" and not self.programs.prefix
+        return nft_generation() if mine else None
 
     def _server_differences(self) -> list[str]:
         try:
@@ -407,8 +430,6 @@ class IpvsDataplane:
             for at in sorted(held.keys() - self._rules.servers.keys())
             if not is_excluded(at.address, self.settings.exclude_cidrs)
         ]
-        if self.draining:
-            self.reap()
         return found
 
     async def _set_differences(self) -> list[str]:
@@ -458,21 +479,50 @@ def _ipvs() -> Ipvs:
         ) from None
 
 
-def _check(codes: Iterable[int], purposes: Sequence[str]) -> None:
+class _Order(NamedTuple):
+    """One order to IPVS. number -- which; virtual -- where its settings are told"""
+
+    number: int
+    at: At
+    real: Real | None = None
+    virtual: Virtual | None = None
+
+    def command(self) -> tuple[int, bytes]:
+        if self.real is not None:
+            weight = 0 if self.number == SET_DEST else 1
+            return self.number, real_server(self.at, self.real, weight)
+        if self.virtual is not None:
+            return self.number, server_settings(self.at, self.virtual)
+        return self.number, server_key(self.at)
+
+    def __str__(self) -> str:
+        text = _PURPOSES[self.number].format(at=self.at, real=self.real)
+        scheduler = self.virtual.scheduler if self.virtual is not None else ""
+        return f"{text} with scheduler {scheduler}" if self.number == NEW_SERVICE else text
+
+
+_PURPOSES: Mapping[int, str] = {
+    NEW_SERVICE: "make virtual server {at}",
+    SET_SERVICE: "change virtual server {at}",
+    DEL_SERVICE: "delete virtual server {at}",
+    NEW_DEST: "add real server {real} to {at}",
+    SET_DEST: "let real server {real} of {at} leave",
+    DEL_DEST: "delete real server {real} of {at}",
+}
+
+
+def _check(codes: Iterable[int], orders: Iterable[_Order]) -> None:
     """Raise ApplyError for the first order that the kernel refused."""
-    for code, purpose in zip(codes, purposes, strict=True):
-        if not code or (code in (errno.ENOENT, errno.ESRCH) and purpose.startswith("delete")):
+    for code, order in zip(codes, orders, strict=True):
+        gone = code in (errno.ENOENT, errno.ESRCH)
+        if not code or (gone and order.number in (DEL_SERVICE, DEL_DEST)):
             continue
         remedy = ""
-        if code == errno.ENOENT and (scheduler := purpose.partition(" scheduler ")[2]):
-            remedy = f"; it takes the kernel module ip_vs_{scheduler}"
+        if code == errno.ENOENT and order.number == NEW_SERVICE and order.virtual is not None:
+            remedy = f"; it takes the kernel module ip_vs_{order.virtual.scheduler}"
         elif code == errno.EPROTONOSUPPORT:
             remedy = "; the kernel's ip_vs has no such protocol"
-        raise ApplyError("ipvs", f"cannot {purpose}: {os.strerror(code)}{remedy}")
-
-
-def _is_hash(name: str) -> bool:
-    return SETS[name].startswith("hash:")
+        raise ApplyError("ipvs", f"cannot {order}: {os.strerror(code)}{remedy}")
 
 
 def _member_lines(
@@ -702,13 +752,11 @@ def _remove_servers(family: Family) -> None:
     except ApplyError:
         return
     bound, others = addresses_by_place(family)
-    ours = [at for at in sorted(held) if at.address in bound or at.address in others]
+    ours = [_Order(DEL_SERVICE, at) for at in sorted(held)
+            if at.address in bound or at.address in others]  # fmt: skip
     if ours:
         with Ipvs("delete virtual servers") as ipvs:
-            _check(
-                ipvs.tell_all([(DEL_SERVICE, server_key(at)) for at in ours]),
-                [f"delete virtual server {at}" for at in ours],
-            )
+            _check(ipvs.tell_all(map(_Order.command, ours)), ours)
 
 
 def _remove_addresses(family: Family) -> None:

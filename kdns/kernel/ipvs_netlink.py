@@ -48,7 +48,7 @@ CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME = 1, 2
 NLM_F_EXCL, NLM_F_CREATE = 0x200, 0x400
 # linux/ip_vs.h
 NEW_SERVICE, SET_SERVICE, DEL_SERVICE = 1, 2, 3
-NEW_DEST, SET_DEST, DEL_DEST = 5, 6, 7
+NEW_DEST, SET_DEST, DEL_DEST, GET_DEST = 5, 6, 7, 8
 SET_CONFIG = 12
 CMD_SERVICE, CMD_DEST, CMD_TIMEOUT_TCP, CMD_TIMEOUT_FIN, CMD_TIMEOUT_UDP = 1, 2, 4, 5, 6
 SVC_AF, SVC_PROTOCOL, SVC_ADDR, SVC_PORT = 1, 2, 3, 4
@@ -56,6 +56,7 @@ SVC_SCHEDULER, SVC_FLAGS, SVC_TIMEOUT, SVC_NETMASK = 6, 7, 8, 9
 DEST_ADDR, DEST_PORT, DEST_METHOD, DEST_WEIGHT, DEST_UPPER, DEST_LOWER, DEST_FAMILY = (
     1, 2, 3, 4, 5, 6, 11,
 )  # fmt: skip
+DEST_ACTIVE, DEST_INACTIVE = 7, 8
 MASQUERADING = 0
 # linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h
 RTM_NEWLINK, RTM_DELLINK, RTM_NEWADDR, RTM_DELADDR = 16, 17, 20, 21
@@ -92,22 +93,34 @@ class _Orders(Netfilter):
         return self
 
     def order(self, orders: Iterable[Order]) -> Iterator[int]:
-        """Send all, and yield the errno of each in turn; 0 for done."""
+        """Send all, and yield the errno of each in turn; 0 for done.
+
+        The kernel does them one after the other and tells of each that failed; that the last of
+        a batch is done it is asked to tell, too: then so are those before.
+        """
         waiting = iter(orders)
         while batch := list(islice(waiting, BATCH)):
+            last = len(batch) - 1
             self._send(
                 b"".join(
-                    message(kind, flags | NLM_F_REQUEST | NLM_F_ACK, number, body)
+                    message(
+                        kind,
+                        flags | (NLM_F_REQUEST if number < last else NLM_F_REQUEST | NLM_F_ACK),
+                        number,
+                        body,
+                    )
                     for number, (kind, flags, body) in enumerate(batch)
                 )
             )
-            answers: dict[int, int] = {}
-            while len(answers) < len(batch):
+            codes = [0] * len(batch)
+            done = False
+            while not done:
                 datagram = self._receive()
                 for one in messages(datagram):
                     if one.kind == NLMSG_ERROR:
-                        answers[one.sequence] = -int(_I32.unpack_from(datagram, one.start)[0])
-            yield from (answers[number] for number in range(len(batch)))
+                        codes[one.sequence] = -int(_I32.unpack_from(datagram, one.start)[0])
+                        done |= one.sequence == last
+            yield from codes
 
 
 class _Routing(_Orders):
@@ -164,6 +177,28 @@ class Ipvs(_Orders):
             self.order((self._kind, 0, _GENERIC.pack(one, 1, 0) + body) for one, body in commands)
         )
 
+    def reals(self, at: At) -> dict[Real, HeldReal]:
+        """Return the real servers of one virtual server; none if it is not there."""
+        found: dict[Real, HeldReal] = {}
+        question = _GENERIC.pack(GET_DEST, 1, 0) + server_key(at)
+        for datagram in self.dump(self._kind, question):
+            for one in messages(datagram):
+                if one.kind == NLMSG_DONE:
+                    return found
+                outer = attributes(datagram, one.start + _GENERIC.size, one.end)
+                start, end = outer.get(CMD_DEST, (0, 0))
+                values = attributes(datagram, start, end)
+                if DEST_ADDR in values and DEST_PORT in values:
+                    packed = datagram[values[DEST_ADDR][0] :][: len(_packed(at.address))]
+                    (port,) = _BE16.unpack_from(datagram, values[DEST_PORT][0])
+                    weight, active, inactive = (
+                        int(_U32.unpack_from(datagram, values[number][0])[0])
+                        if number in values else 0
+                        for number in (DEST_WEIGHT, DEST_ACTIVE, DEST_INACTIVE)
+                    )  # fmt: skip
+                    found[Real(_spelt(packed), port)] = HeldReal(weight, active + inactive)
+        return found
+
 
 # --- virtual and real servers -----------------------------------------------------------------
 
@@ -176,7 +211,6 @@ def _family(address: str) -> int:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
-@lru_cache(maxsize=4)  # all real servers of one virtual server are told in a row
 def _key(at: At) -> bytes:
     return b"".join(
         (
@@ -188,18 +222,29 @@ def _key(at: At) -> bytes:
     )
 
 
-@lru_cache(maxsize=1024)  # an endpoint may stand behind several frontends
-def _dest(real: Real, weight: int) -> bytes:
-    return nest(
+@lru_cache(maxsize=8)
+def _dest_parts(af: int, weight: int) -> tuple[bytes, bytes, bytes]:
+    """Return what stands before a real server's address, before its port, and behind it: of
+    10,000 of them nothing else differs."""
+    width = 16 if af == socket.AF_INET6 else 4
+    whole = nest(
         CMD_DEST,
-        attribute(DEST_ADDR, _packed(real.address)),
-        attribute(DEST_PORT, _BE16.pack(real.port)),
+        attribute(DEST_ADDR, bytes(width)),
+        attribute(DEST_PORT, bytes(2)),
         attribute(DEST_METHOD, _U32.pack(MASQUERADING)),
         attribute(DEST_WEIGHT, _U32.pack(weight)),
         attribute(DEST_UPPER, _U32.pack(0)),
         attribute(DEST_LOWER, _U32.pack(0)),
-        attribute(DEST_FAMILY, _U16.pack(_family(real.address))),
+        attribute(DEST_FAMILY, _U16.pack(af)),
     )
+    head = len(attribute(0, b""))  # the nest's and the address's
+    address, port = 2 * head, 2 * head + width + head
+    return whole[:address], whole[address + width : port], whole[port + 2 :]
+
+
+def _dest(real: Real, weight: int) -> bytes:
+    before, between, behind = _dest_parts(_family(real.address), weight)
+    return b"".join((before, _packed(real.address), between, _BE16.pack(real.port), behind))
 
 
 def server_settings(at: At, virtual: Virtual) -> bytes:
@@ -215,6 +260,7 @@ def server_settings(at: At, virtual: Virtual) -> bytes:
     )
 
 
+@lru_cache(maxsize=4)  # all real servers of one virtual server are told in a row
 def server_key(at: At) -> bytes:
     """Return the attributes of DEL_SERVICE."""
     return nest(CMD_SERVICE, _key(at))
@@ -266,14 +312,18 @@ def held_servers(family: Family) -> dict[At, HeldVirtual]:
     return {at: one for at, one in held.items() if (":" in at.address) == (family == 6)}
 
 
-def _read_servers() -> dict[At, HeldVirtual]:
+def read_table() -> bytes:
+    """Return what IPVS holds as the kernel prints it. Raises ApplyError."""
     try:
-        text = TABLE.read_text("ascii")
+        return TABLE.read_bytes()
     except OSError as error:
         raise ApplyError(
             "ipvs", f"cannot read {TABLE}: {error.strerror}; it takes the kernel module ip_vs"
         ) from None
-    return parse_table(text, ticks_per_second())
+
+
+def _read_servers() -> dict[At, HeldVirtual]:
+    return parse_table(read_table().decode("ascii"), ticks_per_second())
 
 
 def ticks_per_second() -> int:
@@ -313,6 +363,10 @@ def _read_place(text: str) -> tuple[str, int]:
         packed = socket.inet_pton(socket.AF_INET6, address[1:-1])
         return canonical(packed), int(port, 16)
     return socket.inet_ntop(socket.AF_INET, bytes.fromhex(address)), int(port, 16)
+
+
+def _spelt(packed: bytes) -> str:
+    return canonical(packed) if len(packed) == 16 else socket.inet_ntop(socket.AF_INET, packed)
 
 
 def canonical(packed: bytes) -> str:

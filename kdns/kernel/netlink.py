@@ -234,13 +234,16 @@ class _Route(NamedTuple):
 def node_addresses(family: Family) -> tuple[NodeAddress, ...]:
     """Return the addresses of all interfaces, in the kernel's order. Raises NetlinkError."""
     found = []
+    names: dict[int, str] = {}  # thousands of addresses may be on one interface
     asked = _listed("list the node's addresses", family, RTM_GETADDR, RTM_NEWADDR, _ADDRESS)
     for (_, prefix, flags, scope, index), values in asked:
         # The address itself; IFA_ADDRESS is the other end of a point-to-point link.
         address = _text(values.get(IFA_LOCAL) or values.get(IFA_ADDRESS))
         if address:
             universal = scope == RT_SCOPE_UNIVERSE and not (family == 6 and flags & NOT_FOR_OTHERS)
-            found.append(NodeAddress(_interface(index), address, prefix, universal))
+            if index not in names:
+                names[index] = _interface(index)
+            found.append(NodeAddress(names[index], address, prefix, universal))
     return tuple(found)
 
 

@@ -19,6 +19,8 @@ ORDER: dict[str, str | None] = {
     "prometheus": "prometheus",
     "errors": "errors",
     "log": "log",
+    "kdns_log": "kdns_log",
+    "explain": "explain",
     "local": "local",
     "rewrite": "rewrite",
     "autopath": "autopath",

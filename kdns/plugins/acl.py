@@ -10,7 +10,9 @@ import ipaddress
 from collections.abc import Iterable, Sequence
 
 from kdns.corefile import Directive, Option, Token, nearest
+from kdns.dns import ede
 from kdns.dns import types as t
+from kdns.dns.ede import Ede
 from kdns.dns.message import FOREVER, Edns, Query, Reply
 from kdns.dns.name import ancestors, render_name
 from kdns.metrics import Cell, Family
@@ -23,8 +25,8 @@ SECTIONS = ("type", "net")
 EVERY = "*"
 
 # rcode and extended error (RFC 8914 s4.16, s4.18) of what is answered here
-ANSWERS = {BLOCK: (t.REFUSED, 15), FILTER: (t.NOERROR, 17)}
-EDE = 15  # option code, RFC 8914 s2
+ANSWERS = {BLOCK: (t.REFUSED, ede.BLOCKED), FILTER: (t.NOERROR, ede.FILTERED)}
+WORDS = {BLOCK: "blocked", FILTER: "filtered"}
 MAX_UDP = 4096
 SOMEBODY = (32, 0)  # stands for the client where no rule asks who it is
 
@@ -128,6 +130,7 @@ class Acl(Plugin):
     def __init__(self, cx: Setup, rules: Sequence[Rule]) -> None:
         self._rules = tuple(rules)
         self._server = cx.facts.label
+        self._explains = True
         self._log = cx.logger("acl")
         self._counted: dict[str, Family] = {
             action: cx.metrics.counter(name, text, ("server", "zone", "view"))
@@ -138,6 +141,9 @@ class Acl(Plugin):
             "Queries that no rule kept from going on.",
             ("server", "view"),
         ).labels(self._server, "")
+
+    def link(self, chain: Sequence[Plugin]) -> None:
+        self._explains = all(plugin.explains for plugin in chain)
 
     def on_query(self, query: Query) -> Outcome:
         names = ancestors(query.key)
@@ -153,17 +159,20 @@ class Acl(Plugin):
                 continue
             if action == ALLOW:
                 return None
-            return self._turn_away(action, zone)
+            return self._turn_away(query, action, zone)
         return None
 
-    def _turn_away(self, action: str, zone: str) -> Outcome:
+    def _turn_away(self, query: Query, action: str, zone: str) -> Outcome:
         cell = self._counted[action].labels(self._server, zone, "")
         if action == DROP_IT:
             cell.add()
             return DROP
         rcode, reason = ANSWERS[action]
         reply = Reply(rcode, flags=0, served_by="acl", keep=FOREVER)
-        reply.edns = Edns(MAX_UDP, options=[(EDE, reason.to_bytes(2, "big"))])
+        reply.edns = Edns(MAX_UDP, options=[(ede.OPTION, reason.to_bytes(2, "big"))])
+        if query.edns is not None and self._explains:
+            whom = " for this client" if self.per_client else ""
+            reply.ede = Ede(reason, f"{WORDS[action]} by a rule of acl for {zone}{whom}")
         reply.count(cell)
         return reply
 

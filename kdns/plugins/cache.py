@@ -16,7 +16,9 @@ from typing import TypeAlias
 from cachetools import RRCache
 
 from kdns.corefile import Directive, Option, Token, nearest
+from kdns.dns import ede
 from kdns.dns import types as t
+from kdns.dns.ede import Ede
 from kdns.dns.message import AA, AD, CD, MAX_TCP, OPCODE, RA, RR, TC, Query, Reply
 from kdns.dns.name import ROOT, is_subdomain, parse_name, render_name
 from kdns.metrics import Cell
@@ -35,8 +37,11 @@ CAPACITY = 9984
 OCTETS_PER_ENTRY = 2048
 # Estimates of what Python needs for an entry and for a record besides their octets.
 ENTRY_OVERHEAD, RECORD_OVERHEAD = 600, 300
+WHY_OVERHEAD = 400
 # A refresh that has said nothing for this long is lost; longer than any upstream may take.
 REFRESH_LIMIT = 10.0
+
+CACHED_ERROR = Ede(ede.CACHED_ERROR, "SERVFAIL of the upstream, kept from an earlier question")
 
 OPTIONS = (
     "success", "denial", "prefetch", "serve_stale", "serve_stale_policy", "servfail", "disable",
@@ -69,12 +74,13 @@ class Item:
     ttl, stored -- seconds it is fresh, from when on
     hits, seen  -- how often in a row it was asked for, and when last (prefetch)
     retry_at    -- no refresh is begun before
+    why -- finds out why this is the answer, for those who want to know, or None
     answering   -- it answers its question; last_good: the one before that did, if this does not
     """
 
     __slots__ = (
         "_shown", "_shown_ttl", "answering", "deps", "flags", "hits", "last_good", "rcode",
-        "retry_at", "sections", "seen", "size", "stored", "ttl",
+        "retry_at", "sections", "seen", "size", "stored", "ttl", "why",
     )  # fmt: skip
 
     def __init__(self, reply: Reply, ttl: int, now: float) -> None:
@@ -86,7 +92,8 @@ class Item:
             tuple(reply.authority),
             tuple(reply.additional),
         )
-        self.deps = reply.deps
+        self.deps = tuple(dict.fromkeys(reply.deps))
+        self.why = reply.why
         self.ttl = ttl
         self.stored = now
         self.hits = 0
@@ -94,7 +101,7 @@ class Item:
         self.retry_at = 0.0
         self.answering = False
         self.last_good: Item | None = None
-        self.size = ENTRY_OVERHEAD
+        self.size = ENTRY_OVERHEAD + (WHY_OVERHEAD if self.why is not None else 0)
         for section in self.sections:
             for rr in section:
                 # Twice: once as rdata, once rendered.
@@ -222,6 +229,7 @@ class Cache(Plugin):
         self._clock = cx.clock
         self._everywhere = ROOT in rules.zones
         self._zones = rules.zones
+        self._explains = True
         zones = ",".join(render_name(zone) for zone in rules.zones)
         labels = (cx.facts.label, zones, "")
         typed = ("server", "type", "zones", "view")
@@ -252,6 +260,9 @@ class Cache(Plugin):
             (self._requests, 1),
             (self._misses, 1),
         ]
+
+    def link(self, chain: Sequence[Plugin]) -> None:
+        self._explains = all(plugin.explains for plugin in chain)
 
     def invalidate(self, deps: Iterable[Hashable] | None) -> None:
         """Forget replies made from zone nodes that are different now; None: from any node.
@@ -327,6 +338,11 @@ class Cache(Plugin):
             reply = _make_reply(query, item, item.ttl - int(age))
             # The TTL shown is true for the rest of this second.
             reply.keep = int(age) + 1 - age
+        if query.edns is not None and self._explains:
+            if item.why is not None:
+                reply.explain(*item.why())
+            elif item.rcode == t.SERVFAIL:
+                reply.ede = CACHED_ERROR
         if rules.amount:
             reply.keep = 0.0  # each question counts for prefetch
         reply.count(self._requests)
@@ -491,7 +507,12 @@ class Cache(Plugin):
 
     def _stale_reply(self, query: Query, item: Item) -> Reply:
         self._stales.add()
-        return _make_reply(query, item, self.rules.stale_ttl)
+        reply = _make_reply(query, item, self.rules.stale_ttl)
+        if query.edns is not None and self._explains:
+            over = int(self._clock() - item.stored) - item.ttl
+            code = ede.STALE_NXDOMAIN if item.rcode == t.NXDOMAIN else ede.STALE_ANSWER
+            reply.ede = Ede(code, f"expired {over} s ago; no newer answer is there yet")
+        return reply
 
 
 def _make_reply(query: Query, item: Item, ttl: int) -> Reply:
@@ -499,7 +520,7 @@ def _make_reply(query: Query, item: Item, ttl: int) -> Reply:
     flags = item.flags
     if flags & AD and not (query.flags & AD or query.do):
         flags &= ~AD
-    return Reply(
+    reply = Reply(
         item.rcode,
         list(answer),
         list(authority),
@@ -509,6 +530,8 @@ def _make_reply(query: Query, item: Item, ttl: int) -> Reply:
         served_by="cache",
         deps=item.deps,
     )
+    reply.stored = item.stored
+    return reply
 
 
 def _refreshing(query: Query) -> Query:

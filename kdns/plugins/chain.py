@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
+from kdns.dns import ede
 from kdns.dns import types as t
+from kdns.dns.ede import Ede
 from kdns.dns.message import Query, Reply, failure
-from kdns.dns.name import ROOT, ancestors
+from kdns.dns.name import ROOT, ancestors, render_name
 from kdns.plugins.plugin import DROP, Ask, Drop, Forward, Outcome, Plugin, Refresh
 
 MAX_DEPTH = 10  # CoreDNS follows at most ten look-ups of its own for one question
+TOO_DEEP = Ede(ede.OTHER, f"more than {MAX_DEPTH} look-ups for one question")
+NO_PLUGIN = Ede(ede.NOT_AUTHORITATIVE, "no plugin of this server block answers for the name")
+OTHER_CLASS = Ede(ede.NOT_SUPPORTED, "only class IN is answered here")
+ZONES_SHOWN = 4
 
 
 class Pending:
@@ -70,6 +76,7 @@ class Chain:
         self.resolve: Callable[[Query], Result] = self.run
         self.spawn: Callable[[Callable[[], Result]], None] = lambda call: None
         self.per_client = any(p.per_client for p in self.plugins)
+        self.explains = all(p.explains for p in self.plugins)
         downs = [
             (i, p.on_query)
             for i, p in enumerate(self.plugins)
@@ -110,7 +117,10 @@ class Chain:
                 continue
             return self._settle(query, start, at, trail, outcome)
         # CoreDNS plugin.NextOrFailure
-        return self._up(query, start, len(self.plugins), trail, failure(t.SERVFAIL, self._no_next))
+        reply = failure(t.SERVFAIL, self._no_next)
+        if query.edns is not None and self.explains:
+            reply.ede = NO_PLUGIN
+        return self._up(query, start, len(self.plugins), trail, reply)
 
     def _up(
         self, query: Query, start: int, below: int, trail: Trail | None, reply: Reply
@@ -169,7 +179,9 @@ class Chain:
         sub.depth = query.depth + 1
         result: Result
         if sub.depth > MAX_DEPTH:
-            result = failure(t.SERVFAIL, f"more than {MAX_DEPTH} look-ups for one question")
+            result = failure(t.SERVFAIL, TOO_DEEP.text)
+            if query.edns is not None and self.explains:
+                result.ede = TOO_DEEP
         elif ask.below:
             result = self.run(sub, at + 1)
         else:
@@ -220,6 +232,15 @@ class Router:
         self.any_class = any_class
         self.unmatched = unmatched
         self._only = self.chains.get(ROOT) if len(self.chains) == 1 else None
+        # Whoever is refused stands in no block, so one that explains nothing decides for all.
+        self.explains = all(chain.explains for chain in self.chains.values())
+        zones = sorted(render_name(z) for z, chain in self.chains.items() if not chain.idle)
+        self._no_block = Ede(
+            ede.NOT_AUTHORITATIVE,
+            "no server block here is for this name"
+            + (f", only for {', '.join(zones[:ZONES_SHOWN])}" if zones else "")
+            + (", ..." if len(zones) > ZONES_SHOWN else ""),
+        )
         for chain in self.chains.values():
             chain.resolve = self.resolve
 
@@ -249,12 +270,12 @@ class Router:
         if edns is not None and edns.version:
             return failure(t.BADVERS)  # RFC 6891 s6.1.3; CoreDNS does not count it
         if query.qclass != t.IN and not self.any_class:
-            return self._refuse(query, t.REFUSED)
+            return self._refuse(query, OTHER_CLASS)
         chain = self._only or self.route(query)
         if chain is None or chain.idle:
-            return self._refuse(query, t.REFUSED)
+            return self._refuse(query, self._no_block)
         return chain.run(query)
 
-    def _refuse(self, query: Query, rcode: int) -> Reply:
-        reply = failure(rcode)
+    def _refuse(self, query: Query, why: Ede) -> Reply:
+        reply = failure(t.REFUSED, ede=why if query.edns is not None and self.explains else None)
         return reply if self.unmatched is None else self.unmatched(query, reply)

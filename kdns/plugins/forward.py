@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kdns.corefile import Directive, Option, Token, nearest
+from kdns.dns import ede
 from kdns.dns import types as t
+from kdns.dns.ede import Ede
 from kdns.dns.message import AD, Query, Reply, failure
 from kdns.dns.name import ROOT, BadName, is_subdomain, parse_name
 from kdns.plugins.plugin import Forward as Send
@@ -61,6 +63,7 @@ class Upstreams:
     max_attempts   -- tries for one question (0: until the time is up; None: 2 x upstreams)
     failover       -- rcodes that make it try the next upstream
     max_concurrent -- questions under way before more are refused (0: no limit)
+    explains       -- a failure says what became of which upstream (RFC 8914)
     tls_files      -- (certificate, key, CA), each a path or empty
     """
 
@@ -80,6 +83,7 @@ class Upstreams:
     failfast: bool = False
     failover: frozenset[int] = frozenset()
     max_concurrent: int = 0
+    explains: bool = True
     source_address: str = ""
     server_name: str = ""
     tls_files: tuple[str, str, str] = ("", "", "")
@@ -145,6 +149,9 @@ class Forward(Plugin):
         # As CoreDNS's cache: an entry must serve those who want the AD bit too, so it is asked
         # for; the cache clears it for the others (RFC 6840 s5.7).
         self._ask_authenticated = any(plugin.word == "cache" for plugin in chain[:at])
+        if not all(plugin.explains for plugin in chain):
+            self._rules = replace(self._rules, explains=False)
+            self._update()
 
     def work(self) -> Sequence[Work]:
         # CoreDNS reads resolv.conf once, at start.
@@ -214,14 +221,18 @@ class Forward(Plugin):
         if self.excluded and self._is_excluded(key):
             return None
         if self.looping:
-            return failure(t.SERVFAIL, self.looping)
+            return self._fail(query, self.looping, ede.OTHER)
         upstreams = self.upstreams
         if upstreams is None:
-            return failure(t.SERVFAIL, self.unusable)
+            return self._fail(query, self.unusable, ede.NO_REACHABLE_AUTHORITY)
         if self._ask_authenticated and not query.flags & AD:
             query = query.asking()
             query.flags |= AD
         return Send(upstreams, query, self._then)
+
+    def _fail(self, query: Query, text: str, code: int) -> Reply:
+        explains = query.edns is not None and self._rules.explains
+        return failure(t.SERVFAIL, text, Ede(code, text) if explains else None)
 
     def _is_excluded(self, key: bytes) -> bool:
         if key in self.zones:

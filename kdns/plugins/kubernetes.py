@@ -121,7 +121,7 @@ class Kubernetes(Plugin):
         deps = self.records.update(snapshot, changes)
         self._soa.clear()
         if self.latency is not None:
-            self.latency.observe(snapshot, changes)
+            self.latency.observe(snapshot, changes, self.gate_state)
         if snapshot.synced != was_synced:
             return None
         return deps
@@ -209,7 +209,9 @@ class Kubernetes(Plugin):
             packed = _address(key)
             if packed is None:
                 return None, ()
-            return reasons.no_address(packed) if rcode == t.NXDOMAIN else (None, ())
+            return reasons.no_address(packed, qtype) if rcode == t.NXDOMAIN else (None, ())
+        if qtype == t.SOA and not self._strict:
+            return None, ()  # any name has an answer like this (CoreDNS)
         return reasons.nothing(labels, qtype, zone, rcode, imported)
 
     def _forward_name(
@@ -432,6 +434,7 @@ class Kubernetes(Plugin):
                 t.NOERROR, [*chain, *answer], flags=AA | truncated, served_by="kubernetes"
             )
             outcome.deps = deps
+            outcome.upstream = reply.upstream if reply is not None else ""
             if query.edns is not None and reply is not None and self._explains:
                 outcome.ede = of_target(target, reply.rcode, bool(answer), reply.ede)
             return outcome

@@ -88,8 +88,11 @@ _FLAG_NAMES = ((AA, "aa"), (TC, "tc"), (RD, "rd"), (RA, "ra"), (AD, "ad"), (CD, 
 
 
 def _rflags(query: Query, reply: Reply | None) -> str:
-    if reply is None:
-        return EMPTY
+    return EMPTY if reply is None else answer_flags(query, reply)
+
+
+def answer_flags(query: Query, reply: Reply) -> str:
+    """Return the names of the flags that the answer is sent with: "qr,aa,rd"."""
     flags = (reply.flags & (AA | TC | RA | AD)) | (query.flags & (RD | CD))
     if not flags & TC and is_cut(query, reply):
         flags |= TC

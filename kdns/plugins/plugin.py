@@ -171,6 +171,8 @@ class Plugin:
     # True if the outcome depends on who asks; such a chain's replies are never repeated
     # from the packet cache.
     per_client: ClassVar[bool] = False
+    # False in `explain off`: no plugin of its server block says why an answer is what it is.
+    explains: bool = True
 
     def on_query(self, query: Query) -> Outcome:
         """Decide on a query coming down. None passes it on."""

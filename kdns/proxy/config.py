@@ -476,7 +476,7 @@ def options_of(
     What depends on the programs found (`random_fully`) and on sysctls set by others
     (`drop_invalid`) is for the caller to replace.
     """
-    localhost = family == 4 and serves_localhost(config)
+    localhost = family == 4 and _answers_on_localhost(config)
     return Options(
         family=family,
         masquerade_bit=config.masquerade_bit,
@@ -510,9 +510,15 @@ def detector_of(config: ProxyConfig, family: Family, node: Node | None) -> Detec
 
 
 def serves_localhost(config: ProxyConfig) -> bool:
-    """True if NodePorts answer on 127.0.0.1, so that sysctl route_localnet must be 1
-    (reference 1.9): the iptables mode, unless switched off or not among the addresses."""
-    if config.mode != "iptables" or not config.iptables.localhost_node_ports:
+    """True if NodePorts answer on 127.0.0.1 so that sysctl route_localnet must be 1
+    (reference 1.9). Not in mode userspace: there they lead to a process of this node."""
+    return config.mode == "iptables" and _answers_on_localhost(config)
+
+
+def _answers_on_localhost(config: ProxyConfig) -> bool:
+    """True if NodePorts answer on 127.0.0.1: where a mode can do that, unless switched off or
+    not among the addresses."""
+    if config.mode not in ("iptables", "userspace") or not config.iptables.localhost_node_ports:
         return False
     cidrs = _node_port_networks(config, 4, None)
     return any(one.overlaps(_IPV4_LOOPBACK) for one in cidrs)

@@ -181,6 +181,8 @@ FLAGS: Final[tuple[Flag, ...]] = (
     Flag("portmap", OWN, "In the userspace mode: write no rules and listen only here, a Service"
          " port each: NAMESPACE/SERVICE[:PORT][/udp]=[ADDRESS:]PORT. May be repeated.",
          kind=s.Text("MAP"), outlives_file=True, adds_up=True),
+    Flag("control", OWN, "Serve the control socket here, for `kdns check` and others.",
+         kind=s.Text("PATH"), outlives_file=True),
     Flag("udp-timeout", OWN, "In the userspace mode: how long a UDP flow may be idle, as 250ms."
          " A flag of kube-proxy's old userspace mode.",
          kind=s.Duration(positive=True), outlives_file=True),
@@ -293,6 +295,11 @@ class Parsed:
     def portmap(self) -> tuple[str, ...]:
         """As parse_portmap of userspace.py reads them."""
         return tuple(self.given.get("portmap", ()))
+
+    @property
+    def control(self) -> str:
+        """Path of the control socket; empty: none."""
+        return str(self.given.get("control", ""))
 
     @property
     def udp_idle(self) -> float:

@@ -19,6 +19,7 @@ from kdns.proxy.nftables_rules import (
     NODE_PORT_IPS,
     TABLE,
     TABLE_COMMENT,
+    UNALLOCATED,
     WORD,
     Chain,
     Definition,
@@ -66,8 +67,8 @@ class NftablesRules:
     update(); what failed to be applied is simply asked for again, as partial() or, to be sure,
     as full().
 
-    service_cidrs -- those of the family, where they are known: what is within and no ClusterIP
-                     is dropped
+    service_cidrs -- those of the family that are known beside the table's: what is within and
+                     no ClusterIP is dropped
     delayed -- the kernel cannot delete a chain in the transaction that takes away what leads
                there: it is emptied first, and goes with leftovers() a while later
     """
@@ -80,7 +81,9 @@ class NftablesRules:
         self._spelling = Spelling(options)
         self._word = WORD[options.family]
         self._holdings: dict[Key, _Holding] = {}
-        self._fixed = fixed_chains(options, tuple(service_cidrs))
+        self._given_cidrs = tuple(service_cidrs)
+        self._cidrs: tuple[str, ...] = ()  # the table's
+        self._fixed = fixed_chains(options, self._given_cidrs)
         self._chains: dict[str, Chain] = dict(self._fixed)
         self._sets: dict[str, Definition] = fixed_sets(options)
         self._claims: dict[str, dict[str, list[_Claim]]] = {name: {} for name in self._sets}
@@ -104,6 +107,10 @@ class NftablesRules:
 
         without -- Services that get no rules
         """
+        if table.service_cidrs != self._cidrs:
+            self._cidrs = table.service_cidrs
+            every = (*self._given_cidrs, *self._cidrs)
+            self._set_chain(UNALLOCATED, fixed_chains(self._options, every)[UNALLOCATED])
         if changed is None:
             changed = table.services.keys() | self._holdings.keys()
         for key in sorted(changed):

@@ -42,6 +42,8 @@ NO_SERVICE: Final = "no-endpoint-services"
 FIREWALL_IPS: Final = "firewall-ips"
 NODE_PORTS: Final = "service-nodeports"
 NO_NODE_PORT: Final = "no-endpoint-nodeports"
+# The chain for what is a ClusterIP or might be one, and has not been translated.
+UNALLOCATED: Final = "cluster-ips-check"
 
 # The most octets of a comment (NFTNL_UDATA_COMMENT_MAXLEN, with its end), and of the part of a
 # chain's name behind its first word (reference 2.2).
@@ -359,7 +361,7 @@ def fixed_chains(options: Options, service_cidrs: tuple[str, ...] = ()) -> dict[
         f'{ip} daddr {_net(cidr)} drop comment "Drop traffic to unallocated ClusterIPs"'
         for cidr in _collapsed(service_cidrs)
     ]
-    chains["cluster-ips-check"] = Chain(
+    chains[UNALLOCATED] = Chain(
         (
             f'{ip} daddr @{CLUSTER_IPS} reject comment "Reject traffic to invalid ports of'
             ' ClusterIPs"',

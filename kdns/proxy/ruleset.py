@@ -221,7 +221,8 @@ class _Reader:
                     chain.rules[at] = replace(
                         rule, matches=(*rule.matches, NotUnderstood(text)), target=None
                     )
-        _check_depth(table, chains)
+        below = {name: _leads_to(chain) for name, chain in chains.items()}
+        check_depth(f"table {table}", below)
 
     def _chain_line(self, words: Sequence[str]) -> None:
         if len(words) not in (2, 3):
@@ -339,16 +340,19 @@ class _Chain:
     rules: list[Rule]
 
 
-def _check_depth(table: str, chains: Mapping[str, _Chain]) -> None:
-    """Refuse loops, and chains too deep below each other."""
+def _leads_to(chain: _Chain) -> list[str]:
+    found = (rule.target.chain for rule in chain.rules if isinstance(rule.target, Jump))
+    return [*dict.fromkeys(found)]
+
+
+def check_depth(where: str, below: Mapping[str, Sequence[str]]) -> None:
+    """Refuse loops, and chains too deep below each other.
+
+    below -- chain -> those that its rules lead to. Raises Wrong.
+    """
     depth: dict[str, int] = {}  # how many chains lie below; -1 while they are looked at
-
-    def below(name: str) -> list[str]:
-        found = (r.target.chain for r in chains[name].rules if isinstance(r.target, Jump))
-        return [*dict.fromkeys(found)]
-
-    for start in chains:
-        way = [] if start in depth else [(start, below(start))]
+    for start in below:
+        way = [] if start in depth else [(start, list(below[start]))]
         while way:
             name, rest = way[-1]
             depth[name] = -1
@@ -357,11 +361,11 @@ def _check_depth(table: str, chains: Mapping[str, _Chain]) -> None:
                 if depth.get(nearer) == -1:
                     names = [chain for chain, _ in way]
                     loop = [*names[names.index(nearer) :], nearer]
-                    raise Wrong(f"chains of table {table} form a loop: {' -> '.join(loop)}")
+                    raise Wrong(f"chains of {where} form a loop: {' -> '.join(loop)}")
                 if nearer not in depth:
-                    way.append((nearer, below(nearer)))
+                    way.append((nearer, list(below[nearer])))
                 continue
             way.pop()
-            depth[name] = 1 + max((depth[chain] for chain in below(name)), default=-1)
+            depth[name] = 1 + max((depth[chain] for chain in below[name]), default=-1)
             if depth[name] > MAX_DEPTH:
-                raise Wrong(f"more than {MAX_DEPTH} chains of table {table} below {name}")
+                raise Wrong(f"more than {MAX_DEPTH} chains of {where} below {name}")

@@ -20,11 +20,11 @@ from kdns.registry.endpoints import (
     Endpoint,
     canonical_address,
     endpoints_of_port,
+    forwarded_address,
     is_usable,
     sort_usable,
 )
 from kdns.registry.objects import (
-    PROXY_NAME_LABEL,
     EndpointSlice,
     Key,
     Service,
@@ -159,6 +159,7 @@ class Forwarding:
 class ForwardingTable:
     """All Service ports of one family at one registry revision.
 
+    service_cidrs -- where the cluster takes ClusterIPs from, as far as it tells
     services -- by Service; a Service without a port to forward is not there. Never changed
                 after it was published
     endpoints -- how many of all kinds there are in total (kube-proxy's measure of "large")
@@ -168,6 +169,7 @@ class ForwardingTable:
     revision: int = 0
     services: Mapping[Key, tuple[Forwarding, ...]] = field(default_factory=dict)
     endpoints: int = 0
+    service_cidrs: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Forwarding]:
         """Yield every Forwarding, ordered by name and protocol."""
@@ -205,7 +207,12 @@ class TableCompiler:
         services = self.table.services
         if changed:
             services = self._merged(changed)
-        self.table = ForwardingTable(self.table.family, snapshot.revision, services, self._total)
+        cidrs = self.table.service_cidrs
+        if changes.service_cidrs:
+            cidrs = _service_cidrs(snapshot, self.table.family)
+        self.table = ForwardingTable(
+            self.table.family, snapshot.revision, services, self._total, cidrs
+        )
         return tuple(changed)
 
     def _touched(self, node: NodeView) -> Iterator[Key]:
@@ -250,6 +257,17 @@ class TableCompiler:
         for key in [key for key, ports in changed.items() if not ports]:
             del services[key]
         return services
+
+
+def _service_cidrs(snapshot: Snapshot, family: Family) -> tuple[str, ...]:
+    """Return the ranges of the family, in order."""
+    found = {
+        str(net)
+        for one in snapshot.service_cidrs.values()
+        for text in one.spec.cidrs or ()
+        if (net := _range(text)) and net.version == family
+    }
+    return tuple(sorted(found))
 
 
 # --- one Service ----------------------------------------------------------------------------
@@ -302,7 +320,7 @@ def compile_service(
 
 def _shared(service: Service, family: Family, node: NodeView) -> _Shared | None:
     """Read the Service but for its ports; None if it is not to be forwarded."""
-    cluster_ip = _cluster_ip(service, family)
+    cluster_ip = forwarded_address(service, family)
     if not cluster_ip:
         return None
     spec, meta = service.spec, service.metadata
@@ -367,21 +385,6 @@ def _forwarding(
         usable.has_endpoints,
         tuple([e for e in endpoints if is_usable(e)]) if protocol == "udp" else (),
     )
-
-
-def _cluster_ip(service: Service, family: Family) -> str:
-    """Return the ClusterIP of the family; "" if the Service is not to be forwarded.
-
-    A headless Service has "None" there, which is no address.
-    """
-    spec = service.spec
-    if spec.type == "ExternalName" or PROXY_NAME_LABEL in (service.metadata.labels or ()):
-        return ""
-    for text in spec.cluster_ips or (spec.cluster_ip,):
-        found = canonical_address(text)
-        if found is not None and found[0] == family:
-            return found[1]
-    return ""
 
 
 def _addresses(texts: Iterable[str], family: Family) -> tuple[str, ...]:

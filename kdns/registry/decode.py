@@ -26,6 +26,7 @@ from kdns.registry.objects import (
     NODE,
     POD,
     SERVICE,
+    SERVICE_CIDR,
     SERVICE_IMPORT,
     SOURCE_CLUSTER_LABEL,
     EndpointSlice,
@@ -37,6 +38,7 @@ from kdns.registry.objects import (
     Object,
     Pod,
     Service,
+    ServiceCIDR,
     ServiceImport,
     ServicePort,
 )
@@ -48,6 +50,7 @@ STRUCTS: Final[Mapping[Kind, type[Object]]] = {
     POD: Pod,
     SERVICE_IMPORT: ServiceImport,
     NODE: Node,
+    SERVICE_CIDR: ServiceCIDR,
 }
 # Annotations are read for little and hold much (last-applied-configuration alone doubles
 # an object): all others are let go.
@@ -326,7 +329,7 @@ def check(kind: Kind, obj: Object) -> None:
     _drop_annotations(meta)
     if not meta.name:
         raise ObjectError(kind, _key_text(meta), "metadata.name", "is empty")
-    if kind not in (NAMESPACE, NODE):
+    if kind not in (NAMESPACE, NODE, SERVICE_CIDR):
         _check_label(kind, meta, "metadata.namespace", meta.namespace)
     if kind in (NAMESPACE, SERVICE, SERVICE_IMPORT):
         _check_label(kind, meta, "metadata.name", meta.name)
@@ -347,6 +350,9 @@ def check(kind: Kind, obj: Object) -> None:
             for i, ip in enumerate(obj.spec.ips or ()):
                 _check_address(SERVICE_IMPORT, meta, f"spec.ips[{i}]", ip)
             _check_ports(SERVICE_IMPORT, meta, obj.spec.ports)
+        case ServiceCIDR():
+            for i, cidr in enumerate(obj.spec.cidrs or ()):
+                _check_cidr(SERVICE_CIDR, meta, f"spec.cidrs[{i}]", cidr)
 
 
 def _check_service(service: Service) -> None:
@@ -427,6 +433,13 @@ def _check_pod(pod: Pod) -> None:
 def _check_address(kind: Kind, meta: Meta, field: str, text: str) -> None:
     if not is_address(text):
         raise ObjectError(kind, _key_text(meta), field, f"{text[:64]!r} is not an IP address")
+
+
+def _check_cidr(kind: Kind, meta: Meta, field: str, text: str) -> None:
+    try:
+        ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ObjectError(kind, _key_text(meta), field, f"{text[:64]!r} is no CIDR") from None
 
 
 def _without_zeros(kind: Kind, meta: Meta, field: str, text: str) -> str:

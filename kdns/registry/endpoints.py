@@ -19,6 +19,7 @@ from kdns.registry.objects import (
     PROXY_NAME_LABEL,
     EndpointSlice,
     Hint,
+    Service,
     SliceEndpoint,
     SlicePort,
 )
@@ -108,6 +109,22 @@ def published(
 
 
 # --- forwarding -----------------------------------------------------------------------------
+
+
+def forwarded_address(service: Service, family: Literal[4, 6]) -> str:
+    """Return the ClusterIP of the family; "" if the Service is not to be forwarded (reference
+    1.1): it is another proxy's, an ExternalName, or has none.
+
+    A headless Service has "None" there, which is no address.
+    """
+    spec = service.spec
+    if spec.type == "ExternalName" or PROXY_NAME_LABEL in (service.metadata.labels or ()):
+        return ""
+    for text in spec.cluster_ips or (spec.cluster_ip,):
+        found = canonical_address(text)
+        if found is not None and found[0] == family:
+            return found[1]
+    return ""
 
 
 def is_usable(endpoint: Endpoint) -> bool:

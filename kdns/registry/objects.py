@@ -189,6 +189,17 @@ class ServiceImport(_Part, frozen=True):
     spec: ServiceImportSpec = ServiceImportSpec()
 
 
+class ServiceCIDRSpec(_Part, frozen=True):
+    cidrs: list[str] | None = None
+
+
+class ServiceCIDR(_Part, frozen=True):
+    """Where ClusterIPs are taken from (KEP-1880)."""
+
+    metadata: Meta
+    spec: ServiceCIDRSpec = ServiceCIDRSpec()
+
+
 SERVICE_NAME_LABEL = "kubernetes.io/service-name"  # KEP-752: slice -> service
 # KEP-1645: slice -> ServiceImport, and the cluster its endpoints are in.
 IMPORT_NAME_LABEL = "multicluster.kubernetes.io/service-name"
@@ -199,9 +210,11 @@ HEADLESS_LABEL = "service.kubernetes.io/headless"  # slice of a Service without 
 ZONE_LABEL = "topology.kubernetes.io/zone"  # of a Node
 
 # Kinds the registry holds, by Kubernetes' own words.
-Kind: TypeAlias = Literal["Service", "EndpointSlice", "Namespace", "Pod", "ServiceImport", "Node"]
-Object: TypeAlias = Service | EndpointSlice | Namespace | Pod | ServiceImport | Node
-Key: TypeAlias = tuple[str, str]  # namespace ("" for a Namespace or a Node), name
+Kind: TypeAlias = Literal[
+    "Service", "EndpointSlice", "Namespace", "Pod", "ServiceImport", "Node", "ServiceCIDR"
+]
+Object: TypeAlias = Service | EndpointSlice | Namespace | Pod | ServiceImport | Node | ServiceCIDR
+Key: TypeAlias = tuple[str, str]  # namespace ("" for what is in none), name
 
 SERVICE: Final = "Service"
 ENDPOINT_SLICE: Final = "EndpointSlice"
@@ -209,6 +222,7 @@ NAMESPACE: Final = "Namespace"
 POD: Final = "Pod"
 SERVICE_IMPORT: Final = "ServiceImport"
 NODE: Final = "Node"
+SERVICE_CIDR: Final = "ServiceCIDR"
 
 
 def key_of(obj: Object) -> Key:

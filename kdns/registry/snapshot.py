@@ -16,6 +16,7 @@ from kdns.registry.objects import (
     Node,
     Pod,
     Service,
+    ServiceCIDR,
     ServiceImport,
     ServicePort,
 )
@@ -35,6 +36,7 @@ class Snapshot:
     import_slices -- as slices, of ServiceImports
     imports_changed_at -- as changed_at, for multicluster zones
     nodes      -- name -> Node; empty unless they were asked for
+    service_cidrs -- name -> ServiceCIDR; as nodes
     """
 
     revision: int = 0
@@ -50,6 +52,7 @@ class Snapshot:
     )
     imports_changed_at: int = 0
     nodes: Mapping[str, Node] = field(default_factory=dict)
+    service_cidrs: Mapping[str, ServiceCIDR] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ class Changes:
     synced: bool = False
     imports: frozenset[tuple[str, str]] = frozenset()
     nodes: frozenset[str] = frozenset()
+    service_cidrs: frozenset[str] = frozenset()
 
     def __bool__(self) -> bool:
         return bool(
@@ -75,6 +79,7 @@ class Changes:
             or self.pods
             or self.imports
             or self.nodes
+            or self.service_cidrs
             or self.synced
         )
 
@@ -88,6 +93,7 @@ def everything(snapshot: Snapshot) -> Changes:
         synced=snapshot.synced,
         imports=_keys(snapshot.imports, snapshot.import_slices),
         nodes=frozenset(snapshot.nodes),
+        service_cidrs=frozenset(snapshot.service_cidrs),
     )
 
 
@@ -108,6 +114,8 @@ def dump_snapshot(snapshot: Snapshot) -> Iterator[str]:
     for name, node in sorted(snapshot.nodes.items()):
         ips = ",".join(x.address for x in node.status.addresses or () if x.type == "InternalIP")
         yield f"Node {name} {ips or '-'}"
+    for name, one_cidr in sorted(snapshot.service_cidrs.items()):
+        yield f"ServiceCIDR {name} {','.join(one_cidr.spec.cidrs or ()) or '-'}"
     for namespace, services in sorted(snapshot.services.items()):
         for name, service in sorted(services.items()):
             spec = service.spec

@@ -5,8 +5,8 @@ No I/O here, so that plugins/ can build them; source/ carries them out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeAlias
 
 from kdns.registry.objects import (
     ENDPOINT_SLICE,
@@ -14,6 +14,7 @@ from kdns.registry.objects import (
     NODE,
     POD,
     SERVICE,
+    SERVICE_CIDR,
     SERVICE_IMPORT,
     Kind,
 )
@@ -30,6 +31,7 @@ class KubeSpec:
     node           -- watch the Node of this name, and no other; empty: none
     only_forwarded -- leave out what kube-proxy does: headless Services and those of another
                       proxy, with their slices, and Namespaces
+    want_service_cidrs -- as whoever forwards does anyway
     """
 
     kind: ClassVar[str] = "kubernetes"  # the `source` label of metrics
@@ -43,6 +45,7 @@ class KubeSpec:
     want_imports: bool = False
     node: str = ""
     only_forwarded: bool = False
+    want_service_cidrs: bool = False
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -54,6 +57,8 @@ class KubeSpec:
             kinds += (POD,)
         if self.node:
             kinds += (NODE,)
+        if self.only_forwarded or self.want_service_cidrs:
+            kinds += (SERVICE_CIDR,)
         return (*kinds, SERVICE_IMPORT) if self.want_imports else kinds
 
 
@@ -80,3 +85,25 @@ class ManifestSpec:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         return (SERVICE, NAMESPACE, ENDPOINT_SLICE, POD, SERVICE_IMPORT, NODE)
+
+
+Spec: TypeAlias = KubeSpec | ManifestSpec
+
+
+def joined(dns: Spec, forwarding: Spec) -> Spec | str:
+    """Return the spec that serves DNS and forwarding alike, so that one registry is enough for
+    both; or why there is none."""
+    if dns == forwarding:
+        return dns
+    if isinstance(dns, ManifestSpec) or isinstance(forwarding, ManifestSpec):
+        return "it reads manifests that forwarding does not"
+    if dns.label_selector:
+        return "'labels' leaves out Services that are to be forwarded"
+    if not dns.want_endpoints:
+        return "'noendpoints' leaves out what Services are forwarded to"
+    mine, other = (
+        (one.endpoint, one.tls, one.kubeconfig, one.context) for one in (dns, forwarding)
+    )
+    if mine != other:
+        return "it names another API server than forwarding has"
+    return replace(dns, node=forwarding.node, want_service_cidrs=True)

@@ -25,6 +25,7 @@ from kdns.registry.objects import (
     Object,
     Pod,
     Service,
+    ServiceCIDR,
     ServiceImport,
     key_of,
 )
@@ -41,6 +42,14 @@ class Shelf(Generic[T]):
         self._spaces: dict[str, dict[str, T]] = {}
         self._shared = False  # the outer dict belongs to a snapshot too
         self._own: set[str] = set()  # namespaces whose dict belongs to no snapshot
+
+    @classmethod
+    def over(cls, published: Mapping[str, Mapping[str, T]]) -> Shelf[T]:
+        """Return a shelf that begins with what one has published, and leaves that as it is."""
+        shelf: Shelf[T] = cls()
+        shelf._spaces = published  # type: ignore[assignment]  # copied before it is written
+        shelf._shared = True
+        return shelf
 
     def get(self, key: Key) -> T | None:
         space = self._spaces.get(key[0])
@@ -61,10 +70,10 @@ class Shelf(Generic[T]):
 
     def _writable(self, namespace: str) -> dict[str, T]:
         if self._shared:
-            self._spaces = self._spaces.copy()
+            self._spaces = dict(self._spaces)
             self._shared = False
         if namespace not in self._own:
-            self._spaces[namespace] = self._spaces.get(namespace, {}).copy()
+            self._spaces[namespace] = dict(self._spaces.get(namespace, {}))
             self._own.add(namespace)
         return self._spaces[namespace]
 
@@ -130,12 +139,14 @@ class Store:
         self._namespaces: Shelf[Namespace] = Shelf()
         self._imports: Shelf[ServiceImport] = Shelf()
         self._nodes: Shelf[Node] = Shelf()
+        self._service_cidrs: Shelf[ServiceCIDR] = Shelf()
         self._import_slices = Slices(IMPORT_NAME_LABEL)
         self._changed_services: set[Key] = set()
         self._changed_namespaces: set[str] = set()
         self._changed_pods: set[Key] = set()
         self._changed_imports: set[Key] = set()
         self._changed_nodes: set[str] = set()
+        self._changed_service_cidrs: set[str] = set()
         self._bump = False
         self._bump_imports = False
         self._synced_told = False
@@ -187,6 +198,7 @@ class Store:
             resynced,
             frozenset(self._changed_imports | self._import_slices.changed),
             frozenset(self._changed_nodes),
+            frozenset(self._changed_service_cidrs),
         )
         if not changes:
             return None
@@ -203,12 +215,14 @@ class Store:
             import_slices=self._import_slices.publish(),
             imports_changed_at=now if self._bump_imports else last.imports_changed_at,
             nodes=self._nodes.publish().get("", {}),
+            service_cidrs=self._service_cidrs.publish().get("", {}),
         )
         self._changed_services.clear()
         self._changed_namespaces.clear()
         self._changed_pods.clear()
         self._changed_imports.clear()
         self._changed_nodes.clear()
+        self._changed_service_cidrs.clear()
         self._bump = self._bump_imports = False
         self._synced_told = self.synced
         return self._last, changes
@@ -244,6 +258,9 @@ class Store:
             case Node():
                 self._nodes.put(key, obj)
                 self._changed_nodes.add(key[1])
+            case ServiceCIDR():
+                self._service_cidrs.put(key, obj)
+                self._changed_service_cidrs.add(key[1])
 
     def _remove(self, kind: Kind, key: Key) -> None:
         old = self._objects.get(kind, {}).pop(key, None)
@@ -269,6 +286,9 @@ class Store:
             case Node():
                 self._nodes.remove(key)
                 self._changed_nodes.add(key[1])
+            case ServiceCIDR():
+                self._service_cidrs.remove(key)
+                self._changed_service_cidrs.add(key[1])
 
     def _note_bump(self, old: Object | None, new: Object | None) -> None:
         self._bump = self._bump or bumps_serial(old, new)
@@ -301,6 +321,8 @@ def same(a: Object, b: Object) -> bool:
             return True
         case Node(), Node():
             return a.spec == b.spec and a.status == b.status
+        case ServiceCIDR(), ServiceCIDR():
+            return a.spec == b.spec
     return False
 
 
@@ -317,9 +339,9 @@ def bumps_serial(old: Object | None, new: Object | None) -> bool:
     """Decide whether a new, changed or deleted object changes the SOA serial (reference 1.9,
     1.19).
 
-    Namespaces and Nodes never do, nor does a clusterIP that changes by update.
+    Namespaces, Nodes and ServiceCIDRs never do, nor does a clusterIP that changes by update.
     """
-    if isinstance(new or old, (Namespace, Node, ServiceImport)):
+    if isinstance(new or old, (Namespace, Node, ServiceCIDR, ServiceImport)):
         return False
     match old, new:
         case Service(), Service():

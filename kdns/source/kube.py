@@ -32,6 +32,7 @@ from kdns.registry.objects import (
     NODE,
     POD,
     SERVICE,
+    SERVICE_CIDR,
     SERVICE_IMPORT,
     Kind,
 )
@@ -57,7 +58,10 @@ PATHS: Final[dict[Kind, str]] = {
     ENDPOINT_SLICE: "/apis/discovery.k8s.io/v1/endpointslices",
     SERVICE_IMPORT: "/apis/multicluster.x-k8s.io/v1alpha1/serviceimports",
     NODE: "/api/v1/nodes",
+    SERVICE_CIDR: "/apis/networking.k8s.io/v1/servicecidrs",
 }
+# Kinds that an API server may not have (before 1.33), or not show us: then there are none.
+OPTIONAL: Final[frozenset[Kind]] = frozenset({SERVICE_CIDR})
 MAX_LIST = 512 << 20  # octets of one list answer; 100,000 Pods are some 400 MiB
 MAX_REFUSAL = 64 << 10  # octets read of an error's body
 READ_BUFFER = 256 << 10
@@ -90,6 +94,8 @@ class KubeSource:
         self._clock = clock
         self._access = Access(spec, clock)
         self._tally = Tally(metrics)
+        self._listed: set[Kind] = set()
+        self._without: set[Kind] = set()  # said once
         self._requests = metrics.counter(
             "coredns_kubernetes_rest_client_requests_total",
             "Number of HTTP requests, partitioned by status code, method, and host.",
@@ -158,7 +164,11 @@ class KubeSource:
         if response.status != 200:
             body = await _read_body(response, MAX_REFUSAL)
             retry_after = _seconds(response.headers.get("Retry-After", ""))
-            self._tell(kind, reflector.on_refused(response.status, body, retry_after))
+            emits = reflector.on_refused(response.status, body, retry_after)
+            if kind in OPTIONAL and response.status in (403, 404):
+                self._go_without(kind, response.status)
+            else:
+                self._tell(kind, emits)
             return
         reflector.on_opened(self._clock())
         self._sink.heard(kind)  # not for a refusal: it tells nothing of the objects
@@ -182,6 +192,16 @@ class KubeSource:
                 return
         self._tell(kind, reflector.on_eof(self._clock()))
 
+    def _go_without(self, kind: Kind, status: int) -> None:
+        """Have none of a kind, until the next try; what was listed before stays."""
+        sink = self._sink
+        if kind not in self._listed and kind not in self._without:
+            log.info("the API server shows no %s (%d): going on without", kind, status)
+            self._without.add(kind)
+            sink.replace(kind, ())
+            sink.mark_synced(kind)
+        sink.heard(kind)
+
     def _tell(self, kind: Kind, emits: Iterable[Emit]) -> None:
         sink = self._sink
         for emit in emits:
@@ -189,6 +209,7 @@ class KubeSource:
                 case Apply(event, obj):
                     sink.apply(kind, event, obj)
                 case Replace(objects, keep):
+                    self._listed.add(kind)
                     sink.replace(kind, objects, keep)
                     sink.mark_synced(kind)
                 case Skipped(error):

@@ -16,6 +16,7 @@ from kdns.registry.objects import (
     POD,
     PROXY_NAME_LABEL,
     SERVICE,
+    SERVICE_CIDR,
     SERVICE_IMPORT,
     Kind,
 )
@@ -36,7 +37,7 @@ def selectors_of(spec: KubeSpec, kind: Kind) -> list[tuple[str, str]]:
     selectors = []
     labels = []
     # CoreDNS: `labels` is not for ServiceImports, but for their slices.
-    if kind not in (NAMESPACE, SERVICE_IMPORT, NODE) and spec.label_selector:
+    if kind not in (NAMESPACE, SERVICE_IMPORT, NODE, SERVICE_CIDR) and spec.label_selector:
         labels.append(spec.label_selector)
     if spec.only_forwarded and kind in FORWARDED_LABELS:
         labels.append(FORWARDED_LABELS[kind])

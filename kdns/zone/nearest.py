@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 
 # Names looked at on each side, in each direction.
-WINDOW = 8
+WINDOW = 4
 # So many names or fewer are all looked at.
 FEW = 12
 # Single changes entered into the sorted lists; of more, the lists are sorted anew.
@@ -45,21 +45,40 @@ class NameIndex:
 
     def nearest(self, wanted: bytes) -> list[bytes]:
         """Return up to three names, those nearest to `wanted` and within two steps of it, in
-        order of the alphabet; if there are none, those that go on where it stops (web: web-v2), or
-        the one that stops before it does (web-v2: web)."""
+        order of the alphabet; if there are none, those that go on where it stops (web: web-v2),
+        or the one that stops before it does (web-v2: web)."""
         if not 2 <= len(wanted) <= LONGEST:
             return []
         if self._changed or not self._sorted:
             self._sort()
         forward = self._forward
+        at = bisect_left(forward, wanted)
         n = len(forward)
-        if n <= FEW:
-            found = _within_reach(wanted, forward)
-        else:
-            found = self._among_many(wanted)
+        found = _within_reach(wanted, forward) if n <= FEW else self._among_many(wanted, at)
         if found:
             return found
-        return self._longer_or_shorter(wanted)
+        longer = wanted + b"-"
+        if at < n and forward[at].startswith(longer):
+            return [name for name in forward[at : at + SHOWN] if name.startswith(longer)]
+        shorter = wanted.rpartition(b"-")[0]
+        return [shorter] if len(shorter) > 1 and shorter in self._names else []
+
+    def _among_many(self, wanted: bytes, at: int) -> list[bytes]:
+        """Return the nearest of those beside place `at` in the alphabet, or beside the place
+        where the name read from its end stands."""
+        forward, backward = self._forward, self._backward
+        mirrored = wanted[::-1]
+        back = bisect_left(backward, mirrored)
+        # A name that differs in one place has half of the rest in common at one end at least;
+        # and if any name has, so has one of the two that the wanted one stands between.
+        half = (len(wanted) - 1) // 2
+        if not (
+            _one_begins(forward, at, wanted[:half]) or _one_begins(backward, back, mirrored[:half])
+        ):
+            return []
+        names = set(forward[max(at - WINDOW, 0) : at + WINDOW])
+        names.update([name[::-1] for name in backward[max(back - WINDOW, 0) : back + WINDOW]])
+        return _within_reach(wanted, names)
 
     def _sort(self) -> None:
         if not self._sorted:
@@ -78,36 +97,12 @@ class NameIndex:
                     del entries[at]
         self._changed.clear()
 
-    def _among_many(self, wanted: bytes) -> list[bytes]:
-        forward, backward = self._forward, self._backward
-        at = bisect_left(forward, wanted)
-        beside = forward[at - 1 : at + 1] if at else forward[:1]
-        mirrored = wanted[::-1]
-        back = bisect_left(backward, mirrored)
-        behind = backward[back - 1 : back + 1] if back else backward[:1]
-        # What any name has in common with the wanted one at either end, the neighbours have
-        # at least. If that leaves more than two octets, no name differs in one place only.
-        common = max([_common(wanted, name) for name in beside]) + max(
-            [_common(mirrored, name) for name in behind]
-        )
-        if common < len(wanted) - 2:
-            return []
-        names = set(forward[max(at - WINDOW, 0) : at + WINDOW])
-        names.update(
-            [name[::-1] for name in backward[max(back - WINDOW, 0) : back + WINDOW]]
-        )  # fmt: skip
-        return _within_reach(wanted, names)
 
-    def _longer_or_shorter(self, wanted: bytes) -> list[bytes]:
-        forward = self._forward
-        longer = wanted + b"-"
-        at = bisect_left(forward, longer)
-        found = [name for name in forward[at : at + SHOWN] if name.startswith(longer)]
-        if not found:
-            shorter = wanted.rpartition(b"-")[0]
-            if len(shorter) > 1 and shorter in self._names:
-                found = [shorter]
-        return found
+def _one_begins(entries: list[bytes], at: int, start: bytes) -> bool:
+    """True if the entry before place `at` or the one there begins with `start`."""
+    return (at > 0 and entries[at - 1].startswith(start)) or (
+        at < len(entries) and entries[at].startswith(start)
+    )
 
 
 def _common(a: bytes, b: bytes) -> int:
@@ -124,15 +119,15 @@ def _within_reach(wanted: bytes, names: Iterable[bytes]) -> list[bytes]:
     """Return the first three of those that are one step away; if there are none, and the name
     is not short, of those that are two."""
     size = len(wanted)
-    near = [name for name in names if -2 <= len(name) - size <= 2]
+    # Octets of one that the other has not cost a step each.
+    near = [
+        name
+        for name in names
+        if -2 <= len(name) - size <= 2 and len(wanted.translate(None, name)) < 3
+    ]
     found = [name for name in near if _is_one_step(wanted, name)]
     if not found and size > 4:
-        # Octets of one that the other has not cost a step each.
-        found = [
-            name
-            for name in near
-            if len(wanted.translate(None, name)) < 3 and distance(wanted, name, 2) == 2
-        ]
+        found = [name for name in near if distance(wanted, name, 2) == 2]
     found.sort()
     return found[:SHOWN]
 

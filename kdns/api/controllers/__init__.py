@@ -101,7 +101,7 @@ class Controllers:
         self._end: Callable[[], None] | None = None
         self._told: list[Controller] = []
         self._cluster = services.ClusterServices(
-            self._writer, self._queue_of(services.CLUSTER), self.options
+            self._writer, self._queue_of(services.CLUSTER), self.options, clock
         )
         self._namespaces = self._build()
 

@@ -27,6 +27,7 @@ SLICES: Final = BY_PLURAL["discovery.k8s.io", "endpointslices"]
 DEPLOYMENTS: Final = BY_PLURAL["apps", "deployments"]
 REPLICA_SETS: Final = BY_PLURAL["apps", "replicasets"]
 STATEFUL_SETS: Final = BY_PLURAL["apps", "statefulsets"]
+SERVICE_CIDRS: Final = BY_PLURAL["networking.k8s.io", "servicecidrs"]
 LEASES: Final = BY_PLURAL["coordination.k8s.io", "leases"]
 
 SERVICE_NAME: Final = "kubernetes.io/service-name"

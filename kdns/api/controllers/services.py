@@ -1,8 +1,8 @@
 """Services that the cluster itself has, and the addresses of LoadBalancers.
 
-Decides what `kubernetes` and `kube-dns` look like, and when a Service has its external
-address; which address is allocate.py's. Upstream: the API server's endpoint reconciler, the
-CoreDNS add-on, the service controller with its cloud.
+Decides what `kubernetes`, `kube-dns` and the ServiceCIDR look like, and when a Service has its
+external address; which address is allocate.py's. Upstream: the API server's endpoint reconciler
+and the default ServiceCIDR's, the CoreDNS add-on, the service controller with its cloud.
 """
 
 from __future__ import annotations
@@ -11,11 +11,19 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from kdns.api.controllers.events import Recorder
-from kdns.api.controllers.index import ENDPOINTS, SERVICE_NAME, SERVICES, SLICES, split
+from kdns.api.controllers.index import (
+    ENDPOINTS,
+    SERVICE_CIDRS,
+    SERVICE_NAME,
+    SERVICES,
+    SLICES,
+    split,
+)
 from kdns.api.controllers.mirror import SKIP
 from kdns.api.controllers.slices_plan import MANAGED_BY, family_of
 from kdns.api.controllers.writes import APISERVER, CONTROLLERS, Writer
 from kdns.api.kinds import Resource
+from kdns.api.objects import now_text
 from kdns.api.store import Event, Obj, Put
 
 NAME: Final = "service-lb"
@@ -27,6 +35,7 @@ NO_ADDRESS_RETRY: Final = 30.0
 KUBERNETES: Final = ("default", "kubernetes")
 KUBE_DNS: Final = ("kube-system", "kube-dns")
 FIRST, TENTH = 1, 10  # of the service range
+RANGES: Final = ("", "kubernetes")  # the ServiceCIDR that a cluster has from its start
 
 
 # --- the cluster's own Services ---------------------------------------------------------------
@@ -73,6 +82,15 @@ def dns_service(cluster_ip: str, port: int, metrics: int) -> Obj:
     }
 
 
+def service_cidr(cidrs: list[str]) -> Obj:
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "ServiceCIDR",
+        "metadata": {"name": RANGES[1]},
+        "spec": {"cidrs": cidrs},
+    }
+
+
 def endpoint_objects(service: Obj, address: str) -> tuple[Obj, Obj]:
     """Return slice and Endpoints that send all ports of a Service to one address."""
     meta = service["metadata"]
@@ -115,15 +133,23 @@ class Addresses(Protocol):
 class ClusterServices:
     """The controller of `kubernetes`, and of `kube-dns` where there is a DNS server."""
 
-    def __init__(self, writer: Writer, queue: Callable[[str], None], addresses: Addresses) -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        queue: Callable[[str], None],
+        addresses: Addresses,
+        clock: Callable[[], float],
+    ) -> None:
         self._writer = Writer(writer.objects, APISERVER)
         self._queue = queue
         self._addresses = addresses
+        self._clock = clock
 
     def seen(self, event: Event) -> None:
         resource, *name = event.stored.key
         parts = (SERVICES.qualified, SLICES.qualified, ENDPOINTS.qualified)
-        if tuple(name) in (KUBERNETES, KUBE_DNS) and resource in parts:
+        ours = tuple(name) in (KUBERNETES, KUBE_DNS) and resource in parts
+        if ours or event.stored.key == (SERVICE_CIDRS.qualified, *RANGES):
             self._queue("all")
 
     async def reconcile(self, _key: str) -> float | None:
@@ -135,7 +161,29 @@ class ClusterServices:
         if dns is not None:
             wanted = dns_service(address(TENTH), dns[1], said.dns_metrics_port)
             await _ensure(self._writer, wanted, dns[0])
+        await self._ensure_ranges()
         return None
+
+    async def _ensure_ranges(self) -> None:
+        """Say where addresses come from: not where they came from, should data of a cluster
+        with other ranges have been found."""
+        writer = self._writer
+        wanted = service_cidr(writer.objects.allocator.service_cidrs)
+        stored = writer.objects.find(SERVICE_CIDRS, *RANGES)
+        if stored is None:
+            await writer.create(SERVICE_CIDRS, "", wanted)
+        elif stored.obj.get("spec") != wanted["spec"]:
+            await writer.force(SERVICE_CIDRS, stored, {**stored.obj, "spec": wanted["spec"]})
+        stored = writer.objects.find(SERVICE_CIDRS, *RANGES)
+        if stored is not None and not (stored.obj.get("status") or {}).get("conditions"):
+            ready = {
+                "type": "Ready",
+                "status": "True",
+                "reason": "",
+                "message": "Kubernetes Service CIDR is ready",
+                "lastTransitionTime": now_text(self._clock()),
+            }
+            await writer.put_status(SERVICE_CIDRS, stored, {"conditions": [ready]})
 
 
 async def _ensure(writer: Writer, wanted: Obj, address: str) -> None:

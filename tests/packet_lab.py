@@ -1,0 +1,83 @@
+"""A node and a client in network namespaces of their own, and single UDP packets between them:
+what tests hold the packet walkers against.
+
+Packets are UDP, for nothing follows the first one but, at times, an ICMP error."""
+
+from __future__ import annotations
+
+import subprocess
+
+from kdns.proxy.packet import Host, Packet
+
+NODE = "192.168.77.1"
+# 10.9.0.1 is the address of the interface that clients come by.
+NODE1 = Host(["10.9.0.1", NODE, "10.244.0.1"], {"10.9.0.0/24": "clients", "0.0.0.0/0": "pods"})
+SETUP = """
+ip netns add {node}
+ip netns add {client}
+ip -n {node} link add clients type veth peer name eth0 netns {client}
+ip -n {node} link add pods type bridge
+ip -n {node} link set pods arp off
+ip -n {node} link set lo up
+ip -n {node} link set clients up
+ip -n {node} link set pods up
+ip -n {node} address add 10.9.0.1/32 dev clients
+ip -n {node} address add 192.168.77.1/24 dev pods
+ip -n {node} address add 10.244.0.1/16 dev pods
+ip -n {node} route add 10.9.0.0/24 dev clients
+ip -n {node} route add default dev pods
+ip netns exec {node} sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.route_localnet=1
+ip netns exec {node} sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.clients.rp_filter=0
+ip -n {client} link set eth0 up
+ip -n {client} address add 10.9.0.2/24 dev eth0
+ip -n {client} address add 203.0.113.9/32 dev eth0
+ip -n {client} address add 10.244.1.10/32 dev eth0
+ip -n {client} route add default via 10.9.0.1 dev eth0 onlink
+"""
+SOURCE_PORT = 4000
+SEND = (
+    "import socket, sys\n"
+    "one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+    f"one.bind((sys.argv[1], {SOURCE_PORT}))\n"
+    "try: one.sendto(b'x', (sys.argv[2], int(sys.argv[3])))\n"
+    "except PermissionError: pass\n"  # dropped in OUTPUT
+)
+
+
+def run(*command: str, text: str | None = None) -> str:
+    done = subprocess.run(
+        command, input=text, capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.returncode == 0, (command, done.stderr)
+    return done.stdout
+
+
+class Lab:
+    """A node and a client in namespaces of their own."""
+
+    def __init__(self, number: str) -> None:
+        self.node, self.client = f"kdnsW{number}n", f"kdnsW{number}c"
+
+    def set_up(self) -> None:
+        for line in SETUP.format(node=self.node, client=self.client).strip().splitlines():
+            run(*line.split())
+
+    def tear_down(self) -> None:
+        for name in (self.node, self.client):
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
+
+    def on_node(self, *command: str, text: str | None = None) -> str:
+        return run("ip", "netns", "exec", self.node, *command, text=text)
+
+    def send(self, packet: Packet) -> None:
+        where = self.client if packet.interface else self.node
+        words = (packet.source, packet.destination, str(packet.port))
+        run("ip", "netns", "exec", where, "python3", "-c", SEND, *words)
+
+
+def from_client(source: str, destination: str, port: int) -> Packet:
+    return Packet(source, destination, port, "udp", SOURCE_PORT, interface="clients")
+
+
+def from_node(source: str, destination: str, port: int) -> Packet:
+    return Packet(source, destination, port, "udp", SOURCE_PORT)
