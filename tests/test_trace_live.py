@@ -306,7 +306,7 @@ def test_no_kernel_is_read_for_manifests(tmp_path: Path) -> None:
     assert "manifests are on no node" in found.no_kernel
 
 
-async def test_a_proxy_alone_tells_of_no_names(tmp_path: Path) -> None:
+def test_a_proxy_alone_tells_of_no_names(tmp_path: Path) -> None:
     """`kdns proxy --control`: its registry and mode count, and names are answered as usual."""
     objects = [
         *NODES,
@@ -318,14 +318,17 @@ async def test_a_proxy_alone_tells_of_no_names(tmp_path: Path) -> None:
               "dns": [], "node": "node1"}  # fmt: skip
     registry = {"revision": 3, "objects": objects}
     path = str(tmp_path / "control.sock")
-    server = ControlServer(
-        path, Facts({"/v1/status": lambda: status, "/v1/registry": lambda: registry})
-    )
-    await server.start()
-    try:
-        evidence = await asyncio.to_thread(of_kdns, Where(use_kernel=False), path)
-    finally:
-        await server.stop()
+    facts = Facts({"/v1/status": lambda: status, "/v1/registry": lambda: registry})
+
+    async def gathered() -> Evidence:
+        server = ControlServer(path, facts)
+        await server.start()
+        try:
+            return await asyncio.to_thread(of_kdns, Where(use_kernel=False), path)
+        finally:
+            await server.stop()
+
+    evidence = asyncio.run(gathered())
     assert (evidence.origin, evidence.snapshot.revision, evidence.node) == ("kdns", 3, "node1")
     assert evidence.notes == ("kdns tells of no Corefile, so kubeadm's is taken",)
     made = traced(evidence, "web:80", "")

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 import msgspec
 
 from kdns.metrics import Metrics
-from kdns.registry.endpoints import canonical_address, forwarded_address, published
+from kdns.registry.endpoints import canonical_address, forwarded_address, is_published
 from kdns.registry.objects import (
     EndpointSlice,
     Key,
@@ -567,10 +567,16 @@ def _masked(one: EndpointSlice, known: frozenset[_Place]) -> Iterator[EndpointSl
 
 
 def _places(slices: Iterable[EndpointSlice], family: Family) -> Iterator[_Place]:
-    mine = [one for one in slices if _FAMILY_OF.get(one.address_type) == family]
-    for _, address, _, ports in published(mine):
-        for port in ports or (_NO_PORT,):
-            yield _place(address, port)
+    """Yield the endpoints that DNS shows; text that is no address may be among them."""
+    for one in slices:
+        if _FAMILY_OF.get(one.address_type) != family:
+            continue
+        ports = one.ports or (_NO_PORT,)
+        for endpoint in one.endpoints or ():
+            if is_published(endpoint):
+                for address in endpoint.addresses:
+                    for port in ports:
+                        yield _place(address, port)
 
 
 def _place(address: str, port: SlicePort) -> _Place:

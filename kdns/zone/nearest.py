@@ -78,6 +78,9 @@ class NameIndex:
             return []
         names = set(forward[max(at - WINDOW, 0) : at + WINDOW])
         names.update([name[::-1] for name in backward[max(back - WINDOW, 0) : back + WINDOW]])
+        # A letter too many is found wherever it is.
+        less = [wanted[:i] + wanted[i + 1 :] for i in range(len(wanted))]
+        names.update([name for name in less if name in self._names])
         return _within_reach(wanted, names)
 
     def _sort(self) -> None:
