@@ -147,7 +147,8 @@ def section(figures: Figures) -> list[str]:
         f"{figures.when} on {figures.machine}. Command: {figures.command}. A Service with three"
         " ready endpoints is created, its name asked for each 5 ms until it is there, and then"
         " connected to at once. Milliseconds from the API's answer, median and 99th percentile."
-        f" `{AT_ONCE} at once`: so many are always being created.",
+        f" `{AT_ONCE} at once`: so many are always being created; one by one: with 100 ms between."
+        " Whoever's first connection is lost tries another after 250 ms.",
         "",
         *[f"- {name}: {text}" for name, text in figures.versions.items()],
         "",

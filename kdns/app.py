@@ -52,6 +52,9 @@ log = logging.getLogger("kdns")
 start = logging.getLogger(START)
 
 RESOLV_CONF = "/etc/resolv.conf"
+# Seconds that /health and /metrics give names a start: until these are answered, or so long,
+# those who ask wait. Their library takes longer to load than all else.
+NAMES_FIRST = 0.5
 CLIENT_AUTH = {
     "verify_if_given": ssl.CERT_OPTIONAL,
     "require_and_verify": ssl.CERT_REQUIRED,
@@ -203,9 +206,15 @@ class App:
                 self._load(item)
         http = await self._open_http(site)
         feeds = [(self._pipeline(w.source), w) for w in work if isinstance(w, Feed)]
+        opened = asyncio.Event()
+        serving = asyncio.ensure_future(_serve_http(http, opened))
         try:
             new = await self._open_listeners(site, feeds)
+            opened.set()
+            await serving
         except BaseException:
+            serving.cancel()
+            await asyncio.wait((serving,))
             for server in http:
                 await server.stop()
             for pipeline, feed in feeds:
@@ -316,7 +325,7 @@ class App:
             server = HttpServer(route.address, _context(*route.tls) if route.tls else None)
             server.routes = {r.path: r for r in routes if r.address == route.address}
             try:
-                await server.start()
+                await server.bind()
             except OSError as e:
                 for other in opened:
                     await other.stop()
@@ -651,6 +660,14 @@ async def _probe(listener: Listener, probe: Probe) -> None:
             async with asyncio.timeout(probe.interval):
                 await answered.wait()
             return
+
+
+async def _serve_http(servers: Sequence[HttpServer], names: asyncio.Event) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(NAMES_FIRST):
+            await names.wait()
+    for server in servers:
+        await server.serve()
 
 
 async def _every(item: Every) -> None:

@@ -221,6 +221,9 @@ def serve(
         conf = DEFAULT_CONF
     elif conf is None:
         text = DEFAULT_COREFILE.format(port=dns_port)
+    from kdns.runtime import collect_rarely
+
+    collect_rarely()  # before all the rest is imported, which stays
     from kdns import app
     from kdns.logs import setup_logging
 

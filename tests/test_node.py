@@ -58,6 +58,7 @@ def cluster() -> Iterator[NetCluster]:
 @pytest.fixture
 def site(cluster: NetCluster, tmp_path: Path) -> Iterator[NodeSite]:
     made = NodeSite(cluster, tmp_path)
+    cluster.run("node", "nft", "flush", "ruleset")  # those of Services stay after an end
     cluster.run("node", "conntrack", "-F")
     made.put(*kube_dns(pod_dns(4), pod_dns(6)), *WEB)
     yield made

@@ -1,7 +1,8 @@
 """HTTP: health, readiness, metrics, and DNS over HTTPS (RFC 8484), on aiohttp.
 
 Decides addresses and lifetimes. What is said under a path is its plugin's HttpRoute; what is
-answered to a DoH question is the chain's.
+answered to a DoH question is the chain's. aiohttp takes as long to import as half of a start:
+a server may have its address before, and who connects waits in the backlog until it serves.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import errno
+import importlib
 import logging
+import socket
 import ssl
 import time
 from collections.abc import Callable
@@ -32,6 +36,7 @@ MAX_DOH = 65535
 # Bounds of max-age, seconds, as CoreDNS: the lower one is for failures and referrals.
 MIN_FRESH, MAX_FRESH = 5, 3600
 SHUTDOWN = 0.5  # seconds that open requests get when the server stops
+BACKLOG = 128  # connections that wait, also those of before it serves
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -47,36 +52,83 @@ class _Server:
         self.port = port
         self._host = host
         self._context = context
+        self._bound: list[socket.socket] = []  # and not served yet
         self._runner: web.ServerRunner | None = None
 
     async def start(self) -> None:
         """Listen; `port` is then the one that was got. Raises OSError."""
+        await self.bind()
+        await self.serve()
+
+    async def bind(self) -> None:
+        """Take the address; `port` is then the one that was got. Raises OSError."""
+        self._bound = await _bind(self._host, self.port)
+        self.port = self._bound[0].getsockname()[1]
+
+    async def serve(self) -> None:
+        """Answer those who come to the address taken before."""
+        # In a thread: it must not hold up the answers to names.
+        await asyncio.to_thread(importlib.import_module, "aiohttp.web")
         from aiohttp import web
 
         self._runner = web.ServerRunner(web.Server(self._handle), shutdown_timeout=SHUTDOWN)
         await self._runner.setup()
-        site = web.TCPSite(
-            self._runner,
-            self._host or None,
-            self.port,
-            ssl_context=self._context,
-            reuse_address=True,
-        )
-        try:
+        while self._bound:
+            site = web.SockSite(
+                self._runner, self._bound[0], ssl_context=self._context, backlog=BACKLOG
+            )
             await site.start()
-        except BaseException:
-            await self._runner.cleanup()
-            raise
-        self.port = self._runner.addresses[0][1]
+            self._bound.pop(0)  # the runner's from here on
 
     async def stop(self) -> None:
         """Close the listener and its connections."""
+        for sock in self._bound:
+            sock.close()
+        self._bound = []
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         raise NotImplementedError
+
+
+async def _bind(host: str, port: int) -> list[socket.socket]:
+    """Return listening sockets of a host, "" for every address: one for each family that the
+    machine has. Raises OSError."""
+    found = await asyncio.get_running_loop().getaddrinfo(
+        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    bound: list[socket.socket] = []
+    try:
+        for family, kind, proto, _, address in dict.fromkeys(found):
+            try:
+                sock = socket.socket(family, kind, proto)
+            except OSError as e:
+                if e.errno == errno.EAFNOSUPPORT and (host == "" or len(found) > 1):
+                    continue
+                raise
+            bound.append(sock)
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                sock.bind(address)
+            except OSError as e:
+                # IPv6 that is switched off: the family is there, its addresses are not.
+                if e.errno != errno.EADDRNOTAVAIL or family != socket.AF_INET6 or host:
+                    raise
+                bound.pop().close()
+                continue
+            sock.listen(BACKLOG)
+        if not bound:
+            raise OSError(errno.EADDRNOTAVAIL, "no address of that name can be listened at")
+    except BaseException:
+        for sock in bound:
+            sock.close()
+        raise
+    return bound
 
 
 class HttpServer(_Server):
