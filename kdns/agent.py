@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -256,7 +256,7 @@ class Agent:
         cidr = ",".join(self.config.cluster_cidrs)
         return facts_of(
             "proxy", lambda: self.pipeline, node=self.node, mode=self.config.mode,
-            cluster_cidr=cidr,
+            cluster_cidr=cidr, config=lambda: self.config,
         )  # fmt: skip
 
     def health_now(self) -> bool:
@@ -761,17 +761,25 @@ def node_in(snapshot: Snapshot, name: str) -> str:
 
 
 def table_for(
-    snapshot: Snapshot, config: ProxyConfig, family: Family, node: str
+    snapshot: Snapshot,
+    config: ProxyConfig,
+    family: Family,
+    node: str,
+    addresses: Iterable[str] = (),
 ) -> tuple[ForwardingTable, Options]:
-    """Return the table of one family for a node, and what its rules are written with."""
+    """Return the table of one family for a node, and what its rules are written with.
+
+    addresses -- of the node's interfaces; where they are not known, those of its Node must do
+    """
     known = snapshot.nodes.get(node)
     compiler = TableCompiler(family, settings.node_view(config, family, node, known))
     compiler.update(snapshot, everything(snapshot))
-    local: tuple[LocalAddress, ...] = tuple(
-        (one.address, 32 if family == 4 else 128)
+    told = addresses or [
+        one.address
         for one in (known.status.addresses if known else None) or ()
         if one.type in ("InternalIP", "ExternalIP")
-    )
+    ]
+    local: tuple[LocalAddress, ...] = tuple((one, 32 if family == 4 else 128) for one in told)
     return compiler.table, settings.options_of(config, family, known, local)
 
 

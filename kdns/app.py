@@ -14,7 +14,7 @@ import signal
 import ssl
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdns.control import facts_of, serving_control
 from kdns.dns.message import Reply
@@ -37,7 +37,7 @@ from kdns.registry.gate import DEFAULT_TIMEOUT, Gate
 from kdns.registry.snapshot import dump_snapshot, everything
 from kdns.registry.spec import Spec, joined
 from kdns.registry.store import Store
-from kdns.runtime import raise_file_limit, settle_memory
+from kdns.runtime import raise_file_limit, settle_memory, take_turns_often, usable_cores
 from kdns.server import files
 from kdns.server.exchange import Exchange
 from kdns.server.files import Stamp
@@ -45,8 +45,11 @@ from kdns.server.http import HttpServer
 from kdns.server.listen import Listener, Place
 from kdns.server.tap import QueryTap
 from kdns.server.upstream import UpstreamPool
-from kdns.site import Site, build_site, places_of, read_corefile
+from kdns.site import Site, build_site, corefile_text, places_of, read_corefile
 from kdns.source.follow import Follow, follow, list_once
+
+if TYPE_CHECKING:
+    from kdns.server.workers import Workers
 
 log = logging.getLogger("kdns")
 start = logging.getLogger(START)
@@ -54,7 +57,7 @@ start = logging.getLogger(START)
 RESOLV_CONF = "/etc/resolv.conf"
 # Seconds that /health and /metrics give names a start: until these are answered, or so long,
 # those who ask wait. Their library takes longer to load than all else.
-NAMES_FIRST = 0.5
+NAMES_FIRST = 1.0
 CLIENT_AUTH = {
     "verify_if_given": ssl.CERT_OPTIONAL,
     "require_and_verify": ssl.CERT_REQUIRED,
@@ -101,11 +104,10 @@ class App:
         self.listeners: dict[Place, Listener] = {}
         self.pipelines: dict[Spec, tuple[Pipeline, asyncio.Task[None]]] = {}
         self.site: Site | None = None
-        self.tap = QueryTap(
-            self.listeners.values, lambda: [p for p, _ in self.pipelines.values()]
-        )
+        self.tap = QueryTap(self.listeners.values, lambda: [p for p, _ in self.pipelines.values()])
         self._http: dict[str, HttpServer] = {}
         self._upstreams: UpstreamPool | None = None
+        self._workers: Workers | None = None  # who answer, if it is not this process
         self._tasks: list[asyncio.Task[None]] = []
         self._follower: asyncio.Task[None] | None = None
         self._feeds: list[tuple[Pipeline, Any]] = []
@@ -188,8 +190,10 @@ class App:
     # --- building ---------------------------------------------------------------------
 
     def _build(self) -> Site:
-        corefile, problems = read_corefile(self.conf, self.text, self.dns_port, os.environ)
+        text = corefile_text(self.conf, self.text)
+        corefile, problems = read_corefile(self.conf, text, self.dns_port, os.environ)
         site = build_site(corefile, problems, self.metrics, host_search())
+        site.text = text
         for warning in site.warnings:
             log.warning("%s", warning)
         return site
@@ -199,6 +203,7 @@ class App:
         old site goes on as it was."""
         plugins = site.plugins()
         work = [item for plugin in plugins for item in plugin.work()]
+        self._engage(site)
         stamps: dict[str, Stamp] = {}
         for item in work:
             if isinstance(item, (WatchFile, WatchFolder)):
@@ -206,15 +211,21 @@ class App:
                 self._load(item)
         http = await self._open_http(site)
         feeds = [(self._pipeline(w.source), w) for w in work if isinstance(w, Feed)]
+        if self._workers is not None:
+            feeds = [(pipeline, Feed(w.source, w.glance)) for pipeline, w in feeds]
         opened = asyncio.Event()
         serving = asyncio.ensure_future(_serve_http(http, opened))
+        new: dict[Place, Listener] = {}
         try:
             new = await self._open_listeners(site, feeds)
+            await self._hand_over(site, new)
             opened.set()
             await serving
         except BaseException:
             serving.cancel()
             await asyncio.wait((serving,))
+            for listener in new.values():
+                await listener.close()
             for server in http:
                 await server.stop()
             for pipeline, feed in feeds:
@@ -245,8 +256,7 @@ class App:
             if plugin.word == "kubernetes":
                 pipeline = self.pipelines[plugin.source][0]  # type: ignore[attr-defined]
                 plugin.source_age = pipeline.age  # type: ignore[attr-defined]
-                if pipeline.gate is not None:
-                    plugin.gate_state = pipeline.gate.state  # type: ignore[attr-defined]
+                plugin.gate_state = pipeline.gate_state  # type: ignore[attr-defined]
         self.wired.set()
         await self._wait_synced(site, feeds)
         opened: dict[Place, Listener] = {}
@@ -257,7 +267,7 @@ class App:
                     continue
                 exchange = Exchange(router, self._upstreams, self.metrics)
                 listener = Listener(place, exchange, self.metrics)
-                await listener.open(context)
+                await self._open_listener(listener, context)
                 opened[place] = listener
         except BaseException as e:
             for listener in opened.values():
@@ -268,6 +278,12 @@ class App:
             why = os.strerror(e.errno) if e.errno and e.errno > 0 else str(e)
             raise ConfigError([Problem(str(place), 0, f"cannot listen: {why}")]) from e
         return opened
+
+    async def _open_listener(self, listener: Listener, context: ssl.SSLContext | None) -> None:
+        if self._workers is None:
+            await listener.open(context)
+        else:
+            listener.bind_for(self._workers.count, context)
 
     def _end_unread_pipelines(self) -> None:
         wanted = {pipeline for pipeline, _ in self._feeds}
@@ -324,6 +340,7 @@ class App:
                 continue
             server = HttpServer(route.address, _context(*route.tls) if route.tls else None)
             server.routes = {r.path: r for r in routes if r.address == route.address}
+            server.before = self._before_http if self._workers is not None else None
             try:
                 await server.bind()
             except OSError as e:
@@ -335,6 +352,49 @@ class App:
                 ) from e  # fmt: skip
             opened.append(server)
         return opened
+
+    # --- workers ----------------------------------------------------------------------
+
+    def _engage(self, site: Site) -> None:
+        """Start as many workers as a Corefile asks for, and have /ready ask for them. They
+        need a moment, in which everything is opened. One is this process itself."""
+        plugin = site.workers()
+        wanted = 1 if plugin is None else plugin.count or usable_cores()
+        if self.site is None:
+            if wanted > 1:
+                from kdns.server.workers import Workers
+
+                self._workers = Workers(wanted, self.metrics, self.tap.show)
+                self._workers.start()
+                self.tap.elsewhere = self._workers.watch
+        elif wanted != (there := 1 if self._workers is None else self._workers.count):
+            log.warning("workers: there are %d until the next start, not %d", there, wanted)
+        if self._workers is not None and plugin is not None:
+            plugin.why_not = self._workers.why_not
+            for other in site.plugins():
+                if other.word == "ready":
+                    other.ask_also(plugin)  # type: ignore[attr-defined]
+
+    async def _hand_over(self, site: Site, new: dict[Place, Listener]) -> None:
+        """Have the workers serve a site."""
+        if self._workers is None:
+            return
+        there = self.listeners | new
+        await self._workers.take(
+            self.conf,
+            site.text,
+            self.dns_port,
+            [self.pipelines[spec][0] for spec in site.registries()],
+            {place: there[place] for place in site.routers},
+        )
+
+    async def _before_http(self, path: str) -> None:
+        if path == "/metrics" and self._workers is not None:
+            await self._workers.count_all()
+
+    def worker_pids(self) -> list[int]:
+        """Return the processes that answer in this one's place."""
+        return [] if self._workers is None else self._workers.pids()
 
     def _pipeline(self, spec: Spec) -> Pipeline:
         """Return the pipeline of a source, started at first use and kept over reloads."""
@@ -392,7 +452,7 @@ class App:
                     self._spawn(files.follow(item, self._forget_all, stamps.get(item.path)))
                 elif isinstance(item, Every):
                     self._spawn(_every(item))
-                elif isinstance(item, Probe):
+                elif isinstance(item, Probe) and self._workers is None:
                     self._spawn(_probe(self.listeners[places_of(block)[0]], item))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -481,7 +541,8 @@ class App:
         """Take over the Corefile if its meaning changed; return True if it was taken."""
         assert self.site is not None
         try:
-            corefile, problems = read_corefile(self.conf, self.text, self.dns_port, os.environ)
+            text = corefile_text(self.conf, self.text)
+            corefile, problems = read_corefile(self.conf, text, self.dns_port, os.environ)
             if problems.errors:
                 raise ConfigError(problems.found)
             if corefile.digest == self.site.corefile.digest and not forced:
@@ -491,6 +552,7 @@ class App:
                 return False
             log.info("Reloading")
             site = build_site(corefile, problems, self.metrics, host_search())
+            site.text = text
             await self._switch(site)
         except ConfigError as e:
             self._refuse(e)
@@ -551,6 +613,8 @@ class App:
             # A reload under way opens and closes listeners too.
             self._follower.cancel()
             await asyncio.wait((self._follower,))
+        if self._workers is not None:
+            await self._workers.stop()
         for listener in self.listeners.values():
             await listener.close()
         for server in self._http.values():
@@ -715,6 +779,7 @@ def serve(
             return 2
 
     raise_file_limit()
+    take_turns_often()  # what is read and compiled beside the loop must not hold up answers
 
     async def main() -> None:
         app = App(conf, text=text, dns_port=dns_port)

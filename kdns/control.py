@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from kdns.pipeline import Pipeline
+    from kdns.proxy.config import ProxyConfig
     from kdns.registry.snapshot import Snapshot
     from kdns.server.listen import Listener, Place
     from kdns.server.tap import QueryTap
@@ -81,6 +82,8 @@ class DnsServer(Protocol):
 
     def gate_status(self) -> dict[str, Any] | None: ...
 
+    def worker_pids(self) -> list[int]: ...
+
 
 def facts_of(
     command: str,
@@ -91,12 +94,14 @@ def facts_of(
     mode: str = "none",
     cluster_cidr: str = "",
     objects: Callable[[], list[Any]] | None = None,
+    config: Callable[[], ProxyConfig | None] = lambda: None,
 ) -> Facts:
     """Return what a running kdns tells, whichever halves it has.
 
     pipeline -- the registry, once there is one
     app      -- None: it serves no DNS
     objects  -- all of the registry as Kubernetes JSON, where more is held than is read
+    config   -- what its rules are written with; None: it writes none
     """
 
     def status() -> dict[str, Any]:
@@ -108,10 +113,12 @@ def facts_of(
             "node": node,
             "mode": mode,
             "dns": [] if app is None else [*_dns_places(app)],
+            "workers": [] if app is None else app.worker_pids(),
             "revision": {} if registry is None else registry.revisions(),
             "gate": None if app is None else app.gate_status(),
             "synced": registry is not None and registry.registry.synced,
             "cluster_cidr": cluster_cidr,
+            "proxy": _rendered(config()),
         }
 
     def registry() -> dict[str, Any]:
@@ -137,6 +144,14 @@ def _dns_places(app: DnsServer) -> Iterator[str]:
             yield f"[{host}]:{listener.port}" if ":" in host else f"{host}:{listener.port}"
 
 
+def _rendered(config: ProxyConfig | None) -> dict[str, object] | None:
+    if config is None:
+        return None
+    from kdns.proxy.config import render_config
+
+    return render_config(config)
+
+
 def _corefile(app: DnsServer) -> dict[str, str]:
     """Return the Corefile, as its file is now."""
     if app.conf is None:
@@ -157,6 +172,7 @@ _TABLES: Final = (
     ("pods", 2, "v1", "Pod"),
     ("imports", 2, "multicluster.x-k8s.io/v1alpha1", "ServiceImport"),
     ("import_slices", 3, "discovery.k8s.io/v1", "EndpointSlice"),
+    ("service_cidrs", 1, "networking.k8s.io/v1", "ServiceCIDR"),
 )
 
 

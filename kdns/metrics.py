@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
+
+import msgspec
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -78,15 +81,33 @@ class Family:
         return cell
 
 
+class Samples(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A family at one moment, as it goes from process to process (server/workers.py).
+
+    numbers    -- label values: value, of a counter or gauge
+    histograms -- label values: how many in each bucket, and the sum
+    """
+
+    name: str
+    help: str
+    kind: str
+    labels: tuple[str, ...]
+    buckets: tuple[float, ...]
+    numbers: dict[tuple[str, ...], float]
+    histograms: dict[tuple[str, ...], tuple[list[int], float]]
+
+
 class Metrics:
     """The metrics of one kdns instance; several may live in one process.
 
     `before_scrape` callbacks bring lazily kept numbers up to date (packet cache repeats).
+    `gathered` makes of its own samples those that are shown: with other processes' put in.
     """
 
     def __init__(self) -> None:
         self.families: dict[str, Family] = {}
         self.before_scrape: list[Callable[[], None]] = []
+        self.gathered: Callable[[list[Samples]], list[Samples]] = lambda own: own
 
     def _family(
         self, kind: str, name: str, help: str, labels: tuple[str, ...], buckets: Sequence[float]
@@ -126,6 +147,11 @@ class Metrics:
         for callback in self.before_scrape:
             callback()
 
+    def samples(self) -> list[Samples]:
+        """Return all there is, at this moment."""
+        self.settle()
+        return [_samples(family) for family in list(self.families.values())]
+
     def collect(self) -> Iterator[Metric]:
         """Yield prometheus_client families: the interface of a prometheus Collector."""
         from prometheus_client.metrics_core import (
@@ -134,36 +160,21 @@ class Metrics:
             HistogramMetricFamily,
         )
 
-        self.settle()
-        for family in list(self.families.values()):
-            if family.kind == "histogram":
-                histogram = HistogramMetricFamily(
-                    family.name, family.help, labels=family.label_names
-                )
-                for values, cell in family.cells.items():
-                    assert isinstance(cell, HistogramCell)
-                    total, buckets = 0, []
-                    for bound, count in zip(cell.bounds, cell.counts, strict=False):
-                        total += count
-                        buckets.append((format(bound, "g"), total))
-                    total += cell.counts[-1]
-                    buckets.append(("+Inf", total))
-                    histogram.add_metric(values, buckets, cell.sum)
-                if family.cells:
+        for one in self.gathered(self.samples()):
+            if one.kind == "histogram":
+                histogram = HistogramMetricFamily(one.name, one.help, labels=one.labels)
+                for values, (counts, sum_) in one.histograms.items():
+                    totals = [*accumulate(counts)]
+                    bounds = [*(format(bound, "g") for bound in one.buckets), "+Inf"]
+                    histogram.add_metric(values, [*zip(bounds, totals, strict=True)], sum_)
+                if one.histograms:
                     yield histogram
                 continue
-            make = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
-            metric = make(family.name, family.help, labels=family.label_names)
-            samples = (
-                family.read()
-                if family.read is not None
-                else [(values, cell.value) for values, cell in family.cells.items()]
-            )
-            empty = True
-            for values, value in samples:
+            make = CounterMetricFamily if one.kind == "counter" else GaugeMetricFamily
+            metric = make(one.name, one.help, labels=one.labels)
+            for values, value in one.numbers.items():
                 metric.add_metric(values, value)
-                empty = False
-            if not empty:
+            if one.numbers:
                 yield metric
 
     def render(self, openmetrics: bool = False) -> tuple[bytes, str]:
@@ -186,3 +197,20 @@ class Metrics:
         from prometheus_client import generate_latest
 
         return generate_latest(registry), PLAIN_TEXT
+
+
+def _samples(family: Family) -> Samples:
+    numbers: dict[tuple[str, ...], float] = {}
+    histograms: dict[tuple[str, ...], tuple[list[int], float]] = {}
+    if family.read is not None:
+        numbers = dict(family.read())
+    else:
+        for values, cell in family.cells.items():
+            if isinstance(cell, HistogramCell):
+                histograms[values] = [*cell.counts], cell.sum
+            else:
+                numbers[values] = cell.value
+    return Samples(
+        family.name, family.help, family.kind, family.label_names, family.buckets,
+        numbers, histograms,
+    )  # fmt: skip

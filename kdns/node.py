@@ -345,7 +345,7 @@ class Node:
         cidrs = ",".join(self.config.cluster_cidrs)
         facts = facts_of(
             "node", self._registry, app=self.app, node=self.name, mode=self.config.mode,
-            cluster_cidr=cidrs,
+            cluster_cidr=cidrs, config=lambda: self.config,
         )  # fmt: skip
         server = ControlServer(self.wishes.control, facts)
         try:

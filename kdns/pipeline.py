@@ -17,12 +17,13 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from kdns.errors import SourceError
 from kdns.metrics import Metrics
 from kdns.registry.gate import Family, Gate, KernelChanges, Opened, Shown
 from kdns.registry.objects import Key, Kind, Object
+from kdns.registry.mirror import State, no_state
 from kdns.registry.snapshot import Changes, Snapshot, everything
 from kdns.registry.store import Store
 
@@ -59,6 +60,16 @@ DNS_WORDS = Words(
 )
 
 
+class Elsewhere(Protocol):
+    """Other processes that answer with what this one's pipeline shows (server/workers.py)."""
+
+    def revision(self) -> int | None:
+        """Return the revision that the last one of them shows; None: they all show the newest."""
+
+    async def settle(self) -> None:
+        """Wait until they all do."""
+
+
 class Pipeline:
     """The registry of one source and those who read it.
 
@@ -69,6 +80,8 @@ class Pipeline:
 
     registry   -- the newest snapshot
     snapshot   -- what DNS shows; the same without a gate
+    states     -- what is to be said of a Service where another process has the gate
+    elsewhere  -- who else shows it
     """
 
     def __init__(
@@ -86,6 +99,8 @@ class Pipeline:
         self._expiry: asyncio.TimerHandle | None = None
         self._programmed: dict[Family, int] = {}
         self._settled = asyncio.Event()
+        self.states: State = no_state
+        self.elsewhere: Elsewhere | None = None
         self.registry = Snapshot()
         self.store = store
         self.invalidate = invalidate
@@ -150,6 +165,8 @@ class Pipeline:
         while self.gate is not None and not self.gate.quiet():
             self._settled.clear()
             await self._settled.wait()
+        if self.elsewhere is not None:
+            await self.elsewhere.settle()
 
     def revisions(self) -> dict[str, int]:
         """Return how far each stage is: "registry", "dns", "kernel_ipv4", "kernel_ipv6"."""
@@ -159,6 +176,9 @@ class Pipeline:
         if self.gate is not None:
             found["dns"] = self.gate.shown_revision()
             kernel = self.gate.kernel_revisions()
+        shown = None if self.elsewhere is None else self.elsewhere.revision()
+        if shown is not None:
+            found["dns"] = min(found["dns"], shown)
         return found | {f"kernel_ipv{family}": at for family, at in kernel.items()}
 
     def gate_status(self) -> dict[str, Any] | None:
@@ -166,6 +186,10 @@ class Pipeline:
         if self.gate is None:
             return None
         return {**self.gate.status(self._clock()), "draining": self.draining()}
+
+    def gate_state(self, key: Key) -> str:
+        """Return what keeps a Service's rules from the kernel (registry/gate.py)."""
+        return self.states(key) if self.gate is None else self.gate.state(key)
 
     def draining(self) -> list[dict[str, object]]:
         """Return what the kernel side keeps of Services that are gone."""
@@ -281,12 +305,15 @@ class Pipeline:
         """Take what changed along: to the rules, and then to DNS."""
         self._scheduled = False
         published = self.store.publish(int(time.time()))
-        if published is None:
-            return
-        self.registry, changes = published
+        if published is not None:
+            self.take_over(*published)
+
+    def take_over(self, snapshot: Snapshot, changes: Changes) -> None:
+        """Take a revision that the store, or another process's, has published."""
+        self.registry = snapshot
         kernel = self._tell_kernel(changes)
         if self.gate is None:
-            self._take(published)
+            self._take((snapshot, changes))
             return
         now = self._clock()
         self._take(self.gate.publish(self.registry, changes, kernel, now, int(time.time())))

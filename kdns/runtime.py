@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -37,6 +39,18 @@ def take_turns_often() -> None:
     """Have threads give way after half a millisecond, not five: while one renders 10,000
     Services the others' many short steps, such as starting a program, wait for it each time."""
     sys.setswitchinterval(0.0005)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: those it may run on, less where its control
+    group has a quota of processor time (a container's CPU limit)."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as f:
+            quota, period = f.read().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # none, "max", or another kernel's way
+        return cores
 
 
 def settle_memory() -> None:

@@ -21,8 +21,10 @@ from kdns.errors import ConfigError, Problem
 from kdns.metrics import Metrics
 from kdns.plugins import ORDER, bind
 from kdns.plugins.chain import Chain, Router
-from kdns.plugins.plugin import Plugin, ServerFacts
+from kdns.plugins.plugin import Feed, Plugin, ServerFacts
 from kdns.plugins.setup import Setup
+from kdns.plugins.workers import Workers
+from kdns.registry.spec import Spec
 from kdns.server import files
 from kdns.server.addresses import local_addresses, resolve_binds
 from kdns.server.listen import Place
@@ -53,10 +55,21 @@ class Site:
     corefile: Corefile
     blocks: list[Block]
     routers: dict[Place, Router]
+    text: str = ""
     warnings: list[Problem] = field(default_factory=list)
 
     def plugins(self) -> list[Plugin]:
         return [p for block in self.blocks for p in block.plugins]
+
+    def registries(self) -> list[Spec]:
+        """Return what the plugins read, in their order."""
+        work = [item for plugin in self.plugins() for item in plugin.work()]
+        return list(dict.fromkeys(item.source for item in work if isinstance(item, Feed)))
+
+    def workers(self) -> Workers | None:
+        """Return the `workers` plugin."""
+        found = [p for p in self.plugins() if isinstance(p, Workers)]
+        return found[0] if found else None
 
     def tls_of(self, place: Place) -> Plugin | None:
         """Return the `tls` plugin of the blocks at a place."""
@@ -75,13 +88,19 @@ def read_corefile(
 
     Raises ConfigError where the file itself cannot be read.
     """
-    if text is None:
-        assert path is not None
-        try:
-            text = read_text(path)
-        except OSError as e:
-            raise ConfigError([Problem(path, 0, e.strerror or str(e))]) from None
+    text = corefile_text(path, text)
     return parse_corefile(text, file=path or "Corefile", environ=environ, default_port=default_port)
+
+
+def corefile_text(path: str | None, text: str | None) -> str:
+    """Return `text`, or what the file says. Raises ConfigError."""
+    if text is not None:
+        return text
+    assert path is not None
+    try:
+        return read_text(path)
+    except OSError as e:
+        raise ConfigError([Problem(path, 0, e.strerror or str(e))]) from None
 
 
 def build_site(
@@ -94,9 +113,20 @@ def build_site(
     for plugin in everyone:
         if plugin.word == "kdns_log":
             plugin.link(everyone)  # the registry may be another block's
+    _once_in_all([p for p in everyone if isinstance(p, Workers)], problems)
     if problems.errors:
         raise ConfigError(problems.found)
-    return Site(corefile, blocks, routers, sorted(problems.found, key=lambda p: (p.file, p.line)))
+    warnings = sorted(problems.found, key=lambda p: (p.file, p.line))
+    return Site(corefile, blocks, routers, warnings=warnings)
+
+
+def _once_in_all(found: Sequence[Workers], problems: Problems) -> None:
+    for extra in found[1:]:
+        problems.error(
+            extra.at,
+            "'workers' counts for all server blocks and is written once; the first is in line"
+            f" {found[0].at.line}",
+        )
 
 
 def _build_block(

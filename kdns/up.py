@@ -44,7 +44,10 @@ INTERVAL: Final = 1.0  # seconds between two looks at the manifests
 RULES_WAIT: Final = 10.0  # seconds the first rules may take before it counts as ready
 LOOK: Final = 0.01
 # What the control socket tells of the registry, also what forwarding does not read.
-TOLD: Final = ("namespaces", "nodes", "services", "endpointslices", "pods")
+TOLD: Final = (
+    "namespaces", "nodes", "services", "endpointslices", "pods", "servicecidrs",
+    "deployments", "replicasets", "statefulsets",
+)  # fmt: skip
 LOCK_WAIT: Final = 5.0  # seconds that somebody else may take to write a kubeconfig
 # How cluster.py's options are spelt on the command line.
 FLAGS: Final[Mapping[str, str]] = {
@@ -201,6 +204,7 @@ class _Up:
             mode=self.wishes.proxy_mode,
             cluster_cidr=self.wishes.pod_cidr,
             objects=lambda: [one for plural in TOLD for one in self.cluster.list(plural, "")],
+            config=lambda: None if self._agent is None else self._agent.config,
         )
 
     async def _end(self) -> None:

@@ -466,6 +466,33 @@ def test_a_proxy_that_runs_tells_of_itself(iptables_site: Site) -> None:
     assert {*told["checked"]} == {"registry", "gate", "rules", "conntrack", "host"}
 
 
+SETTINGS = {
+    "iptables": ("--iptables-masquerade-bit=20", "--iptables-localhost-nodeports=false"),
+    "nftables": (),
+}
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("mode", SETTINGS)
+def test_a_proxy_with_settings_of_its_own_is_held_against_those(
+    mode: str, nftables_site: Site
+) -> None:
+    """Also one whose node the API server does not know."""
+    site = nftables_site
+    site.node.run("nft", "flush", "ruleset")
+    path = str(site.node.folder / "control.sock")
+    proxy = site.node.proxy(
+        "--master", site.api.url, f"--proxy-mode={mode}", "--control", path, "--masquerade-all",
+        "--detect-local-mode=InterfaceNamePrefix", "--pod-interface-name-prefix=veth",
+        f"--nodeport-addresses={NODE_IP}/24", "--hostname-override=nowhere", *SETTINGS[mode],
+    )  # fmt: skip
+    proxy.until_synced()
+    code, told = site.check_by_process("--control", path, "--no-dns")
+    proxy.stop()
+    assert (code, told["findings"]) == (0, []), told["findings"]
+    assert told["checked"]["rules"].startswith(f"mode {mode}")
+
+
 # --- by values ------------------------------------------------------------------------------
 
 

@@ -114,6 +114,24 @@ def test_a_kdns_that_forwards_until_somebody_flushes_its_rules(node: Node, tmp_p
         assert (code, found) == (1, [("rules-gone", "IPv4 rules")])
 
 
+@pytest.mark.root
+def test_what_is_said_of_unknown_cluster_ips_is_looked_at(node: Node, tmp_path: Path) -> None:
+    """The cluster's ServiceCIDRs are in the registry: which rules there must be is known."""
+    (tmp_path / "set-up.yaml").write_text(UP_NODE)
+    prefix = tuple(node.enter())
+    with Up("-f", tmp_path, "--proxy-mode=nftables", prefix=prefix) as up:
+        chain = "ip kube-proxy cluster-ips-check"
+        assert "10.96.0.0/12" in node.run("nft", "list", "chain", *chain.split())
+        code, told = check_of(up, prefix=prefix)
+        assert (code, told["findings"]) == (0, []), told["findings"]
+        rule = f"{chain} ip daddr 10.1.0.0/16 drop"
+        node.run("nft", "insert", "rule", *rule.split())
+        code, told = check_of(up, "--settle", "0", prefix=prefix)
+        (one,) = told["findings"]
+        assert (code, one["id"]) == (1, "frame-differs")
+        assert "cluster-ips-check" in one["text"]
+
+
 FAILING = """\
 #!/bin/sh
 if test -e {flag}; then echo "{name}: no memory" >&2; exit 1; fi

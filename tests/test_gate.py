@@ -477,6 +477,21 @@ def test_at_the_start_rules_that_are_not_written_are_not_waited_for_long() -> No
     assert site.gate.state(WEB) == "open"
 
 
+def test_at_the_start_a_kernel_side_that_comes_late_and_fails_is_waited_for_no_longer() -> None:
+    """DNS opens at the bound, and then it knows every name: none is denied for a moment."""
+    site = Site(awaits=True, families=())
+    site.put(WEB1, ends(1))
+    site.now += 0.5
+    site.kernel = Kernel()
+    site.gate.attach(
+        site.kernel.take(site.registry, everything(site.registry), site.now), site.now
+    )
+    opened = site.later(1.5)
+    assert opened is not None and opened.families == (4,) and opened.services == (WEB,)
+    assert site.shown() == ([IP], [80], at(1))
+    assert site.gate.state(WEB) == "open"
+
+
 # --- what is told of it ---------------------------------------------------------------------------
 
 

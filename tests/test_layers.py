@@ -33,7 +33,7 @@ LAYERS = (
     ("kernel", "api"),  # their HTTP is server/'s
     ("site", "control"),
     ("app", "agent", "lookup"),
-    ("cluster", "node"),
+    ("cluster", "node", "worker"),
     ("up", "node_command"),
     ("explain",),
     ("cli",),

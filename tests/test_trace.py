@@ -535,7 +535,7 @@ def test_exit_codes_and_text(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["web:99999"], "'99999' is not a port"),
         (["web:http"], "'http' is not a port"),
         (["web:80", "--from", "default/clien"], "no Pod 'default/clien'; did you mean 'default/c"),
-        (["web:80", "--from", "client"], "'client' is neither NAMESPACE/POD nor an IP address"),
+        (["web:80", "--from", "client"], "'client' is neither NAMESPACE/POD nor a Node nor an"),
         (["we..b:80"], "is not a domain name"),
         (["web:80", "--node", "node9"], "there is no Node 'node9'"),
         (["web:80", "--kubeconfig", "x"], "are two origins"),
@@ -677,10 +677,10 @@ def test_node_ports_may_be_for_some_addresses_only(tmp_path: Path) -> None:
 
 
 # Findings that are not in the tables above, but in a test of their own, here or in
-# test_trace_live.py.
+# test_trace_live.py and test_node_explained.py.
 ALONE = {"no-cluster-ip", "endpoints-not-written", "node-port-not-on-address", "gate-open",
          "gate-waiting", "not-synced", "dns-differs", "dns-no-answer", "rules-missing",
-         "rules-differ", "dropped-by-other-rule", "stale-flow"}  # fmt: skip
+         "rules-differ", "dropped-by-other-rule", "stale-flow", "nobody-listens"}  # fmt: skip
 
 
 def test_every_finding_has_a_case() -> None:

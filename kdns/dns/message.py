@@ -226,6 +226,37 @@ def _limit(proto: str, edns: Edns | None) -> int:
     return MIN_UDP if edns is None else max(MIN_UDP, edns.size)
 
 
+class Lease:
+    """How long an answer of a cache may be repeated, its TTLs counting down: all its records
+    have the same one.
+
+    ttl    -- seconds at `stored` (monotonic seconds)
+    floor  -- it may be repeated while more seconds than these are left
+    counts -- False: the TTL is shown as it was at first
+    held   -- False once the cache may answer something else
+    """
+
+    __slots__ = ("counts", "floor", "held", "stored", "ttl")
+
+    def __init__(self, stored: float, ttl: int, floor: int = 0, counts: bool = True) -> None:
+        self.stored = stored
+        self.ttl = ttl
+        self.floor = floor
+        self.counts = counts
+        self.held = True
+
+    def shown(self, now: float) -> int | None:
+        """Return the TTL to show at `now`; None once it may not be repeated any more."""
+        left = self.ttl - int(now - self.stored)
+        if left <= self.floor or not self.held:
+            return None
+        return left if self.counts else self.ttl
+
+    def until(self, now: float) -> float:
+        """Return when another TTL has to be shown, or none."""
+        return self.stored + int(now - self.stored) + 1
+
+
 _UNWRITTEN = frozenset((t.FORMERR, t.SERVFAIL, t.NOTIMP, t.REFUSED))
 
 
@@ -243,6 +274,9 @@ class Reply:
     error        -- text for the `errors` plugin, or None
     keep         -- seconds this very reply may be sent again to any client for the same
                     question bytes: 0 never (the default), FOREVER until a dep changes
+    lease        -- with other TTLs it may be sent for longer than `keep` (unless that is 0):
+                    see Lease. Whoever alters TTLs on the way up, or makes an answer of several,
+                    takes this away. None: it may not
     deps         -- keys of the zone nodes it was made from (see server/packetcache.py)
     tally        -- what to count again for each repeat: (cell, value); value None means
                     the duration of the repeat in seconds
@@ -250,8 +284,9 @@ class Reply:
     shuffled     -- True when addresses are put in another order for each asker (loadbalance)
     folds        -- (the question's name, where in it the zone starts): the former is the owner
                     of all answers, as it was typed; all other names are fixed but for the zone
-                    at their end, which is as typed. So it may be said again for other spellings
-                    (server/folding.py). None where nobody vouches for that
+                    at their end, which is as typed. The second None: all names of records are
+                    fixed. So it may be said again for other spellings (server/folding.py).
+                    None where nobody vouches for that
     served_by    -- name of the plugin that made it
     upstream     -- whom it was forwarded to: "10.0.0.9:53"; empty for a cached answer
     stored       -- monotonic seconds since when a cache has held it, or None
@@ -269,6 +304,7 @@ class Reply:
         "flags",
         "folds",
         "keep",
+        "lease",
         "on_repeat",
         "rcode",
         "served_by",
@@ -306,7 +342,8 @@ class Reply:
         self.deps = deps
         self.tally: list[tuple[Cell, float | None]] | None = None
         self.on_repeat: list[Callable[[tuple[str, int], int, float], None]] | None = None
-        self.folds: tuple[bytes, int] | None = None
+        self.folds: tuple[bytes, int | None] | None = None
+        self.lease: Lease | None = None
         self.shuffled = False
         self.served_by = served_by
         self.upstream = ""
@@ -376,16 +413,17 @@ def parse_query(wire: bytes, client: tuple[str, int], proto: str, received: floa
     if size < 12:
         raise WireError(None, "shorter than a header")
     qid, flags, qd, an, ns, ar = HEADER.unpack_from(wire)
-    if flags & QR:
-        # RFC 1035 s4.1.1: a response is not a query; answering one lets two servers loop.
-        raise WireError(None, "a response, not a query")
-    if flags & OPCODE and flags & OPCODE != 0x2000:  # QUERY or NOTIFY
-        raise WireError(t.NOTIMP, "opcode not implemented")
+    if flags & (QR | OPCODE):
+        if flags & QR:
+            # RFC 1035 s4.1.1: a response is not a query; answering one lets two servers loop.
+            raise WireError(None, "a response, not a query")
+        if flags & OPCODE and flags & OPCODE != 0x2000:  # QUERY or NOTIFY
+            raise WireError(t.NOTIMP, "opcode not implemented")
     if qd != 1 or an > 1 or ns > 1 or ar > 2:
         raise WireError(t.FORMERR, "unexpected section counts")
     i = 12
     try:
-        while (label := wire[i]) != 0:
+        while label := wire[i]:
             if label > 63:
                 raise WireError(t.FORMERR, "bad label in question")
             i += label + 1
@@ -505,41 +543,32 @@ def render_reply(query: Query, reply: Reply) -> bytes:
 
 
 def _render(query: Query, reply: Reply, ede: Ede | None) -> bytes:
-    opt, rcode = _render_opt(query, reply, ede)
+    # RFC 6891 s6.1.3: an extended rcode needs OPT; without one the low bits remain.
+    opt = _render_opt(query.edns, reply, ede) if query.edns is not None else b""
     flags = query.flags
-    head = QR | (flags & OPCODE) | (reply.flags & (AA | TC | RA | AD)) | (rcode & 15)
+    head = QR | (flags & OPCODE) | (reply.flags & (AA | TC | RA | AD)) | (reply.rcode & 15)
     if not flags & OPCODE:
         head |= flags & (RD | CD)  # RFC 1035 s4.1.1, RFC 4035 s3.2.2
     if reply.flags > 0xFFFF:
         head = head | RD if reply.flags & SET_RD else head & ~RD
     question = query.name + _QTAIL.pack(query.qtype, query.qclass)
     answer, authority, additional = reply.answer, reply.authority, reply.additional
-    parts = [question]
+    extra = len(additional) + 1 if opt else len(additional)
+    parts = [HEADER.pack(query.id, head, 1, len(answer), len(authority), extra), question]
     for rr in answer:
         parts.append(rr.name)
-        parts.append(rr.tail)
+        parts.append(rr._tail or rr.tail)
     for rr in authority:
         parts.append(rr.name)
-        parts.append(rr.tail)
+        parts.append(rr._tail or rr.tail)
     for rr in additional:
         parts.append(rr.name)
-        parts.append(rr.tail)
-    body = b"".join(parts)
-    size = 12 + len(body) + len(opt)
-    limit = query.limit
+        parts.append(rr._tail or rr.tail)
+    parts.append(opt)
+    wire = b"".join(parts)
+    size, limit = len(wire), query.limit
     if size <= limit and (size <= FRAGMENT_V6 or not _fragments(query, size)):
-        return (
-            HEADER.pack(
-                query.id,
-                head,
-                1,
-                len(answer),
-                len(authority),
-                len(additional) + (1 if opt else 0),
-            )
-            + body
-            + opt
-        )
+        return wire
     return _render_compressed(query.id, head, question, reply, opt, limit)
 
 
@@ -575,12 +604,9 @@ def _fragments(query: Query, size: int) -> bool:
     return size > (FRAGMENT_V6 if ":" in query.client[0] else FRAGMENT_V4)
 
 
-def _render_opt(query: Query, reply: Reply, ede: Ede | None) -> tuple[bytes, int]:
-    """Return the OPT record to send (empty if the query had none) and the rcode."""
-    asked, rcode = query.edns, reply.rcode
-    if asked is None:
-        # RFC 6891 s6.1.3: an extended rcode needs OPT; without one the low bits remain.
-        return b"", rcode
+def _render_opt(asked: Edns, reply: Reply, ede: Ede | None) -> bytes:
+    """Return the OPT record to send to who sent `asked`."""
+    rcode = reply.rcode
     if reply.edns is not None:
         options: Sequence[tuple[int, bytes]] = reply.edns.options
     elif asked.options:
@@ -593,7 +619,7 @@ def _render_opt(query: Query, reply: Reply, ede: Ede | None) -> tuple[bytes, int
     rdata = b"".join([_QTAIL.pack(code, len(data)) + data for code, data in options])
     ttl = ((rcode >> 4) << 24) | (0x8000 if asked.do else 0)
     size = 0 if rcode == t.BADVERS else asked.size
-    return b"\x00" + _FIXED.pack(t.OPT, size, ttl, len(rdata)) + rdata, rcode
+    return b"\x00" + _FIXED.pack(t.OPT, size, ttl, len(rdata)) + rdata
 
 
 def _render_compressed(

@@ -36,8 +36,8 @@ Saved: TypeAlias = Mapping[str, Mapping[str, Sequence[str]]]
 Wanted: TypeAlias = Mapping[Family, tuple[ForwardingTable, Options]]
 
 IPVS_INTERFACE: Final = "kube-ipvs0"
-# Its rules are of the cluster's ServiceCIDRs, which are not always known here.
-UNKNOWN_CIDRS: Final = ("cluster-ips-check",)
+# Its rules are of the cluster's ServiceCIDRs, which not every registry tells.
+OF_SERVICE_CIDRS: Final = ("cluster-ips-check",)
 _OWNER: Final = re.compile(r'--comment "?([^\s"/]+/[^\s"]+)')
 _NFT_OWNER: Final = re.compile(r"(?:[a-z]+-)+[A-Z2-7]{8}-([^/]+/[^/]+)/(\w+)/([^_\s]*)")
 # An endpoint's own rule, and what the comment of a jump to it says.
@@ -382,13 +382,16 @@ def _compare_nftables(
     if not is_built_alike(held, wanted):
         found.frame.append("a base chain or a set is of another kind")
     same = partial(same_chain, exact=_prints_alike(held, wanted))
+    unknown = () if table.service_cidrs else OF_SERVICE_CIDRS
     for name, chain in wanted.chains.items():
         owner = _nft_owner(rules, f"add chain {WORD[family]} {TABLE} {name}", name)
         there = held.chains.get(name)
         if there is None or (chain.rules and not there.rules):
             told = f"chain {name} is {'gone' if there is None else 'empty'}"
             found.missing[owner].append(told) if owner else found.frame.append(told)
-        elif name not in UNKNOWN_CIDRS and not same(there, chain):
+        elif name in unknown:
+            continue
+        elif not same(there, chain):
             told = f"chain {name} {_how(there.rules, chain.rules)}"
             found.other[owner].append(told) if owner else found.frame.append(told)
     for name, chain in held.chains.items():

@@ -26,6 +26,7 @@ from kdns.explain.check_host import SYSCTLS, Host, Resolvers
 from kdns.explain.check_kernel import IPVS_INTERFACE, HeldIpvs, Seen, Wanted
 from kdns.explain.evidence import Evidence
 from kdns.kernel.ipvs_netlink import addresses_by_place, held_servers
+from kdns.kernel.netlink import node_addresses
 from kdns.kernel.programs import Variant, find_variants, path_of, run_program, which
 from kdns.kernel.sysctl import is_tcp_liberal
 from kdns.metrics import Metrics
@@ -112,13 +113,20 @@ async def rules_wanted(evidence: Evidence, seen: Seen) -> Wanted:
     liberal = is_tcp_liberal()
     found = {}
     for family in FAMILIES:
-        table, options = table_for(evidence.snapshot, evidence.config, family, node)
+        here = addresses_here(family)
+        table, options = table_for(evidence.snapshot, evidence.config, family, node, here)
         variants = await find_variants(family)
         fully = all(one.random_fully for one in variants.values())
         if table.services or _has_rules(seen, family):
             options = replace(options, random_fully=fully, drop_invalid=not liberal)
             found[family] = table, options
     return found
+
+
+def addresses_here(family: Family) -> list[str]:
+    """Return the addresses of this network namespace: what a proxy here chooses NodePorts'
+    addresses from. Raises ApplyError."""
+    return [one.address.partition("%")[0] for one in node_addresses(family)]
 
 
 def _has_rules(seen: Seen, family: Family) -> bool:

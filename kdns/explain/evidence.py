@@ -14,9 +14,10 @@ import asyncio
 import ipaddress
 import os
 import struct
+import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, cast
 
@@ -46,7 +47,7 @@ from kdns.kernel.conntrack import (
 from kdns.kernel.modes import IPVS_INTERFACE, SIGNS
 from kdns.kernel.netlink import NLMSG_DONE, Netfilter, attributes, messages, node_addresses
 from kdns.kernel.programs import Variant, find_variants, path_of, run_program, which
-from kdns.proxy.config import Mode, ProxyConfig
+from kdns.proxy.config import Mode, ProxyConfig, parse_config
 from kdns.proxy.conntrack import Flow
 from kdns.proxy.flags import parse_flags, settle
 from kdns.proxy.options import Family, Protocol
@@ -58,6 +59,7 @@ from kdns.registry.objects import (
     NODE,
     POD,
     SERVICE,
+    SERVICE_CIDR,
     SERVICE_IMPORT,
     Key,
     Kind,
@@ -95,7 +97,11 @@ COREFILE: Final = """\
 """
 COREFILE_MAP: Final = "/api/v1/namespaces/kube-system/configmaps/coredns"
 CLUSTER_CIDR: Final = "10.244.0.0/16,fd00:10:244::/56"
-KINDS: Final[tuple[Kind, ...]] = (SERVICE, NAMESPACE, ENDPOINT_SLICE, POD, NODE, SERVICE_IMPORT)
+KINDS: Final[tuple[Kind, ...]] = (
+    SERVICE, NAMESPACE, ENDPOINT_SLICE, POD, NODE, SERVICE_CIDR, SERVICE_IMPORT,
+)  # fmt: skip
+# Many clusters do not have them: a CRD, and what came with 1.33.
+NOT_EVERYWHERE: Final = (SERVICE_IMPORT, SERVICE_CIDR)
 # Whose Pods may have no manifest of their own.
 WORKLOADS: Final = ("Deployment", "ReplicaSet", "StatefulSet", "DaemonSet", "ReplicationController")
 MOST_FLOWS: Final = 20_000
@@ -142,6 +148,7 @@ class KernelEvidence:
     variant  -- of the iptables programs that showed them; "" for nftables
     flows    -- what conntrack follows, at most MOST_FLOWS; no_flows: why they cannot be read
     host     -- its addresses and routes
+    listening -- where programs take packets: (protocol, address, port); None: not known
     other    -- what the other variant of iptables shows, where it holds rules
     """
 
@@ -151,6 +158,7 @@ class KernelEvidence:
     variant: Variant | Literal[""] = ""
     flows: Sequence[Flow] = ()
     no_flows: str = ""
+    listening: frozenset[tuple[Protocol, str, int]] | None = None
     other: Mapping[Family, str] = field(default_factory=dict)
 
 
@@ -311,7 +319,7 @@ def _items(value: Any) -> Iterable[Json]:
 
 
 # Without a namespace of their own; what else names none is in "default".
-_CLUSTER_WIDE: Final = (NAMESPACE, NODE)
+_CLUSTER_WIDE: Final = (NAMESPACE, NODE, SERVICE_CIDR)
 
 
 def _raw_of(objects: Iterable[Json]) -> dict[RawKey, Json]:
@@ -349,7 +357,7 @@ async def of_api(where: Where, kubeconfig: str) -> Evidence:
                 except SourceError as e:
                     if kind in (SERVICE, ENDPOINT_SLICE, NAMESPACE):
                         raise
-                    if kind != SERVICE_IMPORT:  # a CRD that most clusters do not have
+                    if kind not in NOT_EVERYWHERE:
                         notes.append(f"{kind}s cannot be read, so what they say is not known: {e}")
                     continue
                 objects += [{**item, "kind": kind} for item in _dig(listed, "items") or ()]
@@ -456,7 +464,9 @@ def of_kdns(where: Where, control: str) -> Evidence:
     revision = _dig(registry, "revision")
     if isinstance(revision, int):
         snapshot = _at_revision(snapshot, revision)
-    node, node_told = _node_of(snapshot, where.node or str(status.get("node") or ""))
+    node, node_told = _node_of(snapshot, where.node)
+    if status.get("node") and not where.node:  # also one that is not among the Nodes
+        node, node_told = str(status["node"]), ""
     mode = where.mode or _mode(status.get("mode"))
     cidr = where.cluster_cidr
     if cidr is None and isinstance(status.get("cluster_cidr"), str):
@@ -479,7 +489,7 @@ def of_kdns(where: Where, control: str) -> Evidence:
         snapshot=snapshot,
         raw=_raw_of(objects),
         corefile=_corefile_of(where, *corefile),
-        config=config_of(where, mode, cidr),
+        config=config_of(where, mode, cidr, status.get("proxy")),
         node=node,
         ask=_servers([where.server] if where.server else asked),
         kernel=kernel,
@@ -492,8 +502,6 @@ def of_kdns(where: Where, control: str) -> Evidence:
 
 
 def _at_revision(snapshot: Snapshot, revision: int) -> Snapshot:
-    from dataclasses import replace
-
     return replace(snapshot, revision=revision)
 
 
@@ -506,15 +514,30 @@ def _mode(word: object) -> Mode | Literal[""]:
 
 
 def config_of(
-    where: Where, mode: Mode | Literal[""] = "", cluster_cidr: str | None = None
+    where: Where,
+    mode: Mode | Literal[""] = "",
+    cluster_cidr: str | None = None,
+    running: object = None,
 ) -> ProxyConfig:
-    """Return what rules are computed with. Raises ConfigError."""
+    """Return what rules are computed with: as a running proxy has it, and then as it is asked
+    for. Raises ConfigError.
+
+    running -- a KubeProxyConfiguration, as a running proxy tells it
+    """
     cidr = where.cluster_cidr if where.cluster_cidr is not None else cluster_cidr
     flags = [
         f"--proxy-mode={where.mode or mode or 'iptables'}",
         f"--cluster-cidr={CLUSTER_CIDR if cidr is None else cidr}",
     ]
-    return settle(parse_flags(flags), None).config
+    asked = settle(parse_flags(flags), None).config
+    if not isinstance(running, Mapping):
+        return asked
+    found = parse_config(msgspec.json.encode(running).decode(), "the running proxy").config
+    if where.mode:
+        found = replace(found, mode=asked.mode)
+    if where.cluster_cidr is not None:
+        found = replace(found, cluster_cidrs=asked.cluster_cidrs)
+    return found
 
 
 def _corefile_of(where: Where, path: str, text: str) -> tuple[str, str]:
@@ -598,7 +621,7 @@ def _same_namespace(pid: int) -> bool:
     if not pid:
         return True
     try:
-        return os.readlink(f"/proc/{pid}/ns/net") == os.readlink("/proc/self/ns/net")
+        return os.readlink(f"/proc/{pid}/ns/net") == os.readlink("/proc/thread-self/ns/net")
     except OSError:
         return True
 
@@ -670,7 +693,9 @@ def _with_host(
             flows += read_flows(family, MOST_FLOWS - len(flows))
     except ApplyError as e:
         no_flows = e.stderr
-    return KernelEvidence(mode, rules, host_here(families), variant, flows, no_flows, other)
+    return KernelEvidence(
+        mode, rules, host_here(families), variant, flows, no_flows, listening_here(), other
+    )
 
 
 def host_here(families: Collection[Family]) -> Host:
@@ -684,7 +709,7 @@ def host_here(families: Collection[Family]) -> Host:
 def _routes_4() -> dict[str, str]:
     """Return CIDR -> interface of the main table."""
     found: dict[str, str] = {}
-    for words in _words("/proc/net/route")[1:]:
+    for words in _words("/proc/thread-self/net/route")[1:]:
         network, mask = (int(words[at], 16).to_bytes(4, "little") for at in (1, 7))
         length = bin(int.from_bytes(mask, "big")).count("1")
         found.setdefault(f"{ipaddress.IPv4Address(network)}/{length}", words[0])
@@ -693,11 +718,37 @@ def _routes_4() -> dict[str, str]:
 
 def _routes_6() -> dict[str, str]:
     found: dict[str, str] = {}
-    for words in _words("/proc/net/ipv6_route"):
+    for words in _words("/proc/thread-self/net/ipv6_route"):
         address = ipaddress.IPv6Address(bytes.fromhex(words[0]))
         if words[-1] != "lo":
             found.setdefault(f"{address}/{int(words[1], 16)}", words[-1])
     return found
+
+
+# The files of /proc/net, and the state of a socket there that takes what comes from anybody
+# (net/tcp_states.h: TCP_LISTEN; of UDP, one that is not connected: TCP_CLOSE).
+_SOCKETS: Final[Mapping[str, tuple[Protocol, str]]] = {
+    "tcp": ("tcp", "0A"), "tcp6": ("tcp", "0A"), "udp": ("udp", "07"), "udp6": ("udp", "07"),
+}  # fmt: skip
+
+
+def listening_here() -> frozenset[tuple[Protocol, str, int]]:
+    """Return where programs of this network namespace take packets. An IPv6 wildcard is told
+    as both families' own."""
+    found: set[tuple[Protocol, str, int]] = set()
+    for name, (protocol, state) in _SOCKETS.items():
+        for words in _words(f"/proc/thread-self/net/{name}")[1:]:
+            if words[3] != state:
+                continue
+            packed, _, port = words[1].partition(":")
+            octets = bytes.fromhex(packed)
+            # Four octets at a time, each in this machine's order.
+            swapped = b"".join(octets[at : at + 4][::-1] for at in range(0, len(octets), 4))
+            address = ipaddress.ip_address(swapped if sys.byteorder == "little" else octets)
+            found.add((protocol, str(address), int(port, 16)))
+            if address == ipaddress.IPv6Address("::"):
+                found.add((protocol, "0.0.0.0", int(port, 16)))
+    return frozenset(found)
 
 
 def _words(path: str) -> list[list[str]]:

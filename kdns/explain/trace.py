@@ -26,6 +26,10 @@ def trace(evidence: Evidence, request: Request) -> Trace:
     made = Trace(request, evidence, client, notes=[*evidence.notes, *names.notes])
     if evidence.node_told and (client.assumed or not client.node):
         made.notes.append(evidence.node_told)
+    if client.assumed and client.name:
+        made.notes.append(
+            f"this kdns holds no Pods: {client.name} is taken for some Pod of its namespace"
+        )
     found = canonical_address(request.name)
     address = found[1] if found is not None else NameWay(made, names).resolve()
     if address:

@@ -50,9 +50,9 @@ def parse_target(text: str) -> tuple[str, int | None]:
 @click.command("trace")
 @click.argument("what", metavar="NAME[:PORT]")
 @click.option(
-    "--from", "source", metavar="NS/POD|IP", default="",
-    help="Who asks: a Pod, some Pod of a namespace (NS/), or an address.  [default: some Pod of"
-    " 'default']",
+    "--from", "source", metavar="NS/POD|NODE|IP", default="",
+    help="Who asks: a Pod, some Pod of a namespace (NS/), a Node, or an address.  [default: some"
+    " Pod of 'default']",
 )  # fmt: skip
 @click.option("--udp", is_flag=True, help="PORT is one of UDP.")
 @click.option(

@@ -82,7 +82,7 @@ class NameWay(Sight):
             namespace, _, name = self.client.name.partition("/")
             spec = self.evidence.pod_spec((namespace, name))
         resolver = s.resolver_of(self.client.namespace, self.names.domain, spec)
-        if self.client.assumed or "/" in self.client.name:
+        if self.client.kind == "pod" or "/" in self.client.name:
             return resolver
         # A node, or somebody outside: who asks our server, by full names.
         return Resolver((), 1, "none", True, (), {}, "not a Pod: names are asked for as they are")
@@ -236,7 +236,9 @@ class NameWay(Sight):
                     f"{answer.name} is answered {(ended.real or answer).rcode}"
                     f"{said and ': ' + said}"
                     + ("" if answer.block else "; no server block of the Corefile is for it"),
-                    "give the Corefile a server block and a plugin for that zone",
+                    f"see to {', '.join(answer.upstreams)}, whom the Corefile forwards it to"
+                    if answer.upstreams
+                    else "give the Corefile a server block and a plugin for that zone",
                 )
             )
             return ""

@@ -28,6 +28,8 @@ from kdns.explain.trace_rules import (
     decided,
     frontends_at,
     in_ranges,
+    is_own_dns,
+    listens,
     meet,
     node_addresses,
     node_for,
@@ -283,6 +285,8 @@ class PacketWay(Sight):
             )
         elif known:
             self._other_protocol_node_port(known[0][0], number)
+        elif number and self._listens_on(node, address, number):
+            pass
         else:
             ports = sorted(
                 {f"{one.node_port}/{one.protocol} ({one.name})" for one in node.table
@@ -296,6 +300,16 @@ class PacketWay(Sight):
                     "a program of the node itself may listen there: that is not looked at",
                 )
             )
+
+    def _listens_on(self, node: Node, address: str, port: int) -> bool:
+        """Tell of a program of the node itself, if one is known to listen there."""
+        dns = is_own_dns(self.evidence, node.name, address, port)
+        here = node.name == self.evidence.node
+        if not dns and not (here and listens(self.evidence, address, port, self.request.protocol)):
+            return False
+        what = "'s own DNS server" if dns else " itself: a program there listens"
+        self.trace.end = End("process", f"arrives at node {node.name}{what}, {address}:{port}")
+        return True
 
     def _other_protocol_node_port(self, one: Forwarding, number: int | None) -> None:
         self.trace.found(
@@ -345,7 +359,7 @@ class PacketWay(Sight):
         trace.rules, trace.kernel = meet(
             self.evidence, node, self.client, address, number, self.request.protocol, claims
         )
-        if claims[0][0] is not forwarding:
+        if claims[0][0] is not forwarding or self._stays(node, address, number):
             return
         self._why_stopped(service, port, node, forwarding, frontend, decision.verdict)
         met = trace.kernel or trace.rules
@@ -356,6 +370,38 @@ class PacketWay(Sight):
             chosen = [one for one in trace.endpoints if one.chance]
             self._warn(service, chosen)
             trace.found(check_declared(self.evidence, chosen, port.protocol))
+
+    def _stays(self, node: Node, address: str, port: int) -> bool:
+        """Tell of a packet that no rule leads on, because the node has the address itself; False
+        if it is led on. `kdns node`, and NodeLocal DNSCache, take the Service's DNS address."""
+        trace, protocol = self.trace, self.request.protocol
+        # What leads on is told by the kernel; where that is not seen, by who answers there.
+        dns = is_own_dns(self.evidence, node.name, address, port)
+        seen = trace.kernel
+        if seen is None and not dns:
+            return False
+        if seen is not None and {way.verdict for way in seen.ways} != {"local"}:
+            return False
+        where = f"node {node.name}" if node.name else "the node"
+        if seen is not None and listens(self.evidence, address, port, protocol) is False:
+            trace.found(
+                Finding(
+                    "nobody-listens",
+                    f"{where} has the address {address} itself, and no program listens there on"
+                    f" port {port}/{protocol}",
+                    "start that program again (was it `kdns node`? `kdns node --cleanup` gives"
+                    " the address back to the Service's rules)",
+                )
+            )
+        else:
+            trace.rules = None if seen is None else trace.rules
+            trace.end = End(
+                "process",
+                f"arrives at {where}'s own DNS server, {address}: the rules of the Service are not"
+                " met" if dns else
+                f"arrives at a program of {where} itself, which has the address {address}",
+            )  # fmt: skip
+        return True
 
     def _why_stopped(
         self,

@@ -66,10 +66,11 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way a packet may go. verdict -- as decide() has it, and "no rule": it goes on to the
-    address it was sent to, which nobody has."""
+    """One way a packet may go. verdict -- as decide() has it; "local": to a program of the node
+    itself, which has the address; "no rule": it goes on to the address it was sent to, which
+    nobody has."""
 
-    verdict: Literal["forward", "reject", "drop", "no rule"]
+    verdict: Literal["forward", "reject", "drop", "local", "no rule"]
     endpoint: str = ""
     chance: Fraction = Fraction(1)
     masquerade: bool = False
@@ -110,7 +111,10 @@ class Met:
 
 def node_for(evidence: Evidence, name: str, family: Family) -> Node:
     """Return a node's forwarding as the registry makes it."""
-    table, options = agent.table_for(evidence.snapshot, evidence.config, family, name)
+    kernel = evidence.kernel
+    here = kernel.host.addresses if kernel is not None and name == evidence.node else ()
+    mine = [one for one in here if (":" in one) == (family == 6)]
+    table, options = agent.table_for(evidence.snapshot, evidence.config, family, name, mine)
     return Node(name, table, options, node_addresses(evidence, name))
 
 
@@ -215,6 +219,27 @@ def meet(
         return computed, None  # written by others, in words that are not known here
 
 
+def listens(evidence: Evidence, address: str, port: int, protocol: Protocol) -> bool | None:
+    """Return whether a program of the node whose kernel was read takes packets there; None: that
+    is not known."""
+    known = evidence.kernel.listening if evidence.kernel is not None else None
+    if known is None:
+        return None
+    anywhere = "::" if ":" in address else "0.0.0.0"
+    return not known.isdisjoint({(protocol, one, port) for one in (address, anywhere)})
+
+
+def is_own_dns(evidence: Evidence, node: str, address: str, port: int) -> bool:
+    """True if the running kdns says that it answers there itself, as the DNS server of its node."""
+    status = evidence.status or {}
+    place = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+    return (
+        status.get("command") == "node"
+        and node in ("", evidence.node)
+        and place in (status.get("dns") or ())
+    )
+
+
 def _packet(client: Client, node: Node, address: str, port: int, protocol: Protocol) -> Packet:
     origin = origin_of(client, node)
     interface = OUTSIDE_INTERFACE
@@ -298,7 +323,10 @@ def _way(outcome: Outcome) -> Way:
     if outcome.verdict == "rejected":
         return Way("reject", place, share, by=by)
     if not outcome.dnat:
-        return Way("no rule", place, share, outcome.masqueraded)
+        verdict: Literal["local", "no rule"] = (
+            "local" if outcome.verdict == "delivered" else "no rule"
+        )
+        return Way(verdict, place, share, outcome.masqueraded)
     return Way("forward", place, share, outcome.masqueraded)
 
 

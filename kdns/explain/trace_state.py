@@ -27,7 +27,7 @@ from kdns.proxy.options import Family, Protocol
 from kdns.registry.endpoints import canonical_address
 from kdns.registry.objects import Key, Pod, Service, key_of
 
-EndKind: TypeAlias = Literal["endpoint", "outside", "stopped"]
+EndKind: TypeAlias = Literal["endpoint", "process", "outside", "stopped"]
 FrontendWord: TypeAlias = Literal[
     "cluster IP",
     "external IP",

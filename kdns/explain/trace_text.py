@@ -109,6 +109,8 @@ def _who(trace: Trace) -> str:
         return f"{pod}node {client.node} itself ({address})"
     if client.kind == "outside":
         return f"{address}, outside of the cluster's Pods and nodes"
+    if not client.name:
+        return f"{address}, a Pod's address{where}"
     return f"Pod {client.name} ({address}){where}"
 
 
@@ -248,6 +250,8 @@ def _rules(page: Page, trace: Trace, met: Met) -> None:
     )  # fmt: skip
     if met.endpoints:
         page.put("", masquerade)
+    elif {way.verdict for way in met.ways} == {"local"}:
+        page.put("", "past the Service's rules, to a program of the node")
     if page.details:
         for line in met.lines:
             page.raw(line)

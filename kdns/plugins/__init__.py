@@ -14,6 +14,7 @@ ORDER: dict[str, str | None] = {
     "debug": "debug",
     "tls": "tls",
     "reload": "reload",
+    "workers": "workers",
     "health": "health",
     "ready": "ready",
     "prometheus": "prometheus",

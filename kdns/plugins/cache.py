@@ -19,7 +19,7 @@ from kdns.corefile import Directive, Option, Token, nearest
 from kdns.dns import ede
 from kdns.dns import types as t
 from kdns.dns.ede import Ede
-from kdns.dns.message import AA, AD, CD, MAX_TCP, OPCODE, RA, RR, TC, Query, Reply
+from kdns.dns.message import AA, AD, CD, MAX_TCP, OPCODE, RA, RR, TC, Lease, Query, Reply
 from kdns.dns.name import ROOT, is_subdomain, parse_name, render_name
 from kdns.metrics import Cell
 from kdns.plugins.plugin import Ask, Outcome, Plugin, Refresh
@@ -75,12 +75,13 @@ class Item:
     hits, seen  -- how often in a row it was asked for, and when last (prefetch)
     retry_at    -- no refresh is begun before
     why -- finds out why this is the answer, for those who want to know, or None
+    lease -- what lets the packet cache repeat it, once somebody has asked
     answering   -- it answers its question; last_good: the one before that did, if this does not
     """
 
     __slots__ = (
-        "_shown", "_shown_ttl", "answering", "deps", "flags", "hits", "last_good", "rcode",
-        "retry_at", "sections", "seen", "size", "stored", "ttl", "why",
+        "_shown", "_shown_ttl", "answering", "deps", "flags", "hits", "last_good", "lease",
+        "rcode", "retry_at", "sections", "seen", "size", "stored", "ttl", "why",
     )  # fmt: skip
 
     def __init__(self, reply: Reply, ttl: int, now: float) -> None:
@@ -99,6 +100,7 @@ class Item:
         self.hits = 0
         self.seen = now
         self.retry_at = 0.0
+        self.lease: Lease | None = None
         self.answering = False
         self.last_good: Item | None = None
         self.size = ENTRY_OVERHEAD + (WHY_OVERHEAD if self.why is not None else 0)
@@ -132,6 +134,12 @@ class Item:
             return False
         self.retry_at = now + REFRESH_LIMIT
         return True
+
+    def end_lease(self) -> None:
+        """Have the question asked here again: the answer may be another one."""
+        if self.lease is not None:
+            self.lease.held = False
+            self.lease = None
 
     def answering_item(self) -> Item | None:
         return self if self.answering else self.last_good
@@ -171,7 +179,13 @@ class Store:
         if item is not None:
             self._forget(key, item)
 
+    def end_lease(self, key: Key) -> None:
+        item = self.items.get(key)
+        if item is not None:
+            item.end_lease()
+
     def _forget(self, key: Key, item: Item) -> None:
+        item.end_lease()
         for dep in item.deps:
             keys = self._by_dep[dep]
             keys.discard(key)
@@ -264,6 +278,10 @@ class Cache(Plugin):
     def link(self, chain: Sequence[Plugin]) -> None:
         self._explains = all(plugin.explains for plugin in chain)
 
+    def keeps(self, zone: bytes) -> bool:
+        rules = self.rules
+        return not (_has_whole(rules.no_success, zone) and _has_whole(rules.no_denial, zone))
+
     def invalidate(self, deps: Iterable[Hashable] | None) -> None:
         """Forget replies made from zone nodes that are different now; None: from any node.
         (CoreDNS keeps them until their TTL is over.)"""
@@ -338,16 +356,36 @@ class Cache(Plugin):
             reply = _make_reply(query, item, item.ttl - int(age))
             # The TTL shown is true for the rest of this second.
             reply.keep = int(age) + 1 - age
+        # Which of two items is the better answer is looked at for each question.
+        if not rules.prefer_positive:
+            reply.lease = item.lease or self._lease(item)
+        reply.folds = query.name, None
         if query.edns is not None and self._explains:
             if item.why is not None:
                 reply.explain(*item.why())
             elif item.rcode == t.SERVFAIL:
                 reply.ede = CACHED_ERROR
         if rules.amount:
-            reply.keep = 0.0  # each question counts for prefetch
+            self._count_repeats(reply, item, now)
         reply.count(self._requests)
         reply.count(hits)
         return reply
+
+    def _lease(self, item: Item) -> Lease:
+        """Let the packet cache repeat an item; not once it may be time to fetch it anew."""
+        rules = self.rules
+        floor = self._prefetch_at(item) if rules.amount else 0
+        item.lease = Lease(item.stored, item.ttl, floor, not rules.keep_ttl)
+        return item.lease
+
+    def _count_repeats(self, reply: Reply, item: Item, now: float) -> None:
+        """Have each repeat count for prefetch."""
+        if item.left(now) <= self._prefetch_at(item):
+            reply.keep = 0.0  # any question may be the one that begins it
+        else:
+            reply.on_repeat = [lambda client, qid, seconds: self._count(item, self._clock())]
+            # With `keepttl` it would last for longer than until then.
+            reply.keep = min(reply.keep, item.stored + int(now - item.stored) + 1 - now)
 
     # --- answers --------------------------------------------------------------------------
 
@@ -419,6 +457,8 @@ class Cache(Plugin):
         rules = self.rules
         key = (query.key, query.qtype, query.qclass, query.flags & CD | (1 if query.do else 0))
         item = Item(reply, ttl, self._clock())
+        self._success.end_lease(key)
+        self._denial.end_lease(key)
         # From now on the TTL counts down and hits are counted: this very reply is no more true.
         reply.keep = 0.0
         if kind not in SUCCESS:
@@ -438,11 +478,16 @@ class Cache(Plugin):
 
     def _is_popular(self, item: Item, now: float) -> bool:
         """Count a question; return True if it is time to fetch the answer anew."""
-        rules = self.rules
-        item.hits = 1 if item.seen < now - rules.gap else item.hits + 1
+        self._count(item, now)
+        return item.hits >= self.rules.amount and item.left(now) <= self._prefetch_at(item)
+
+    def _count(self, item: Item, now: float) -> None:
+        item.hits = 1 if item.seen < now - self.rules.gap else item.hits + 1
         item.seen = now
-        threshold = math.ceil(rules.percent / 100 * item.ttl)
-        return item.hits >= rules.amount and item.left(now) <= threshold
+
+    def _prefetch_at(self, item: Item) -> int:
+        """Return the seconds left at which a popular item is fetched anew."""
+        return math.ceil(self.rules.percent / 100 * item.ttl)
 
     def _prefetched(self, query: Query, key: Key, item: Item) -> Callable[[Reply], None]:
         def take(reply: Reply) -> None:
@@ -617,6 +662,10 @@ def answers_question(query: Query, answer: Sequence[RR]) -> bool:
         ):
             return True
     return False
+
+
+def _has_whole(zones: Iterable[bytes], zone: bytes) -> bool:
+    return any(is_subdomain(zone, one) for one in zones)
 
 
 def _has(section: Sequence[RR], rtype: int) -> bool:

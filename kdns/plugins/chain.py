@@ -88,6 +88,8 @@ class Chain:
             for i, p in reversed(list(enumerate(self.plugins)))
             if type(p).on_reply is not Plugin.on_reply
         ]
+        # For each plugin: what stands above it, for a reply that nothing was changed for.
+        self._above = [[up for n, up in self._ups if n < i] for i in range(len(self.plugins) + 1)]
         self._drops = [
             (i, p.on_drop)
             for i, p in reversed(list(enumerate(self.plugins)))
@@ -111,6 +113,13 @@ class Chain:
             outcome = on_query(query)
             if outcome is None:
                 continue
+            if outcome.__class__ is Reply and trail is None and not start:
+                # What _up() does, for by far the most questions.
+                if self.per_client:
+                    outcome.keep = 0.0
+                for on_reply in self._above[at]:
+                    outcome = on_reply(query, outcome)
+                return outcome
             if outcome.__class__ is Query:
                 trail = [*(trail or ()), (at, query)]
                 query = outcome
@@ -190,6 +199,9 @@ class Chain:
         def then(reply: Reply | Drop) -> Result:
             if isinstance(reply, Drop):
                 return self._drop(query, start, at, trail)
+            if reply.lease is not None:
+                # Whatever is made of it answers another question, and perhaps of several such.
+                reply.lease = reply.folds = None
             return self._settle(query, start, at, trail, ask.then(reply))
 
         bound = bind(result, then)

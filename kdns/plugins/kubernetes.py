@@ -21,6 +21,7 @@ from kdns.plugins.kubernetes_latency import ProgrammingLatency
 from kdns.plugins.kubernetes_why import Reasons, Why, no_transfer, not_synced, of_target
 from kdns.plugins.plugin import Ask, Feed, Outcome, Plugin, Work
 from kdns.plugins.setup import Setup
+from kdns.registry.endpoints import address_key
 from kdns.registry.objects import Key
 from kdns.registry.selectors import BadSelector, parse_selector
 from kdns.registry.snapshot import Changes, Snapshot
@@ -80,13 +81,15 @@ class Kubernetes(Plugin):
         self.records = ClusterRecords(options)
         self._reasons = Reasons(self.records)
         self._explains = True
-        self._is_kept = False  # a `cache` keeps what is answered here
-        self._lookups: dict[bytes, Lookup] = {
-            zone: self.records.lookup_imported
-            if zone in self._multicluster
-            else self.records.lookup
-            for zone in zones
-        }
+        self._kept: frozenset[bytes] = frozenset()  # zones of which a `cache` keeps answers
+        # The zone a name is in is the longest that holds it.
+        self._lookups: list[tuple[bytes, Lookup]] = [
+            (
+                zone,
+                self.records.lookup_imported if zone in self._multicluster else self.records.lookup,
+            )
+            for zone in sorted(self.zones, key=len, reverse=True)
+        ]
         self._strict = options.strict
         # `namespaces` filters PTR answers, so these depend on the namespaces named.
         self._exposed = tuple((name.lower().encode(),) for name in sorted(options.namespaces))
@@ -110,10 +113,12 @@ class Kubernetes(Plugin):
 
     def link(self, chain: Sequence[Plugin]) -> None:
         self._explains = all(plugin.explains for plugin in chain)
-        self._is_kept = any(plugin.word == "cache" for plugin in chain)
+        self._kept = frozenset(
+            zone for zone in self.zones if any(plugin.keeps(zone) for plugin in chain)
+        )
 
     def work(self) -> Sequence[Work]:
-        return (Feed(self.source, self.publish),)
+        return (Feed(self.source, self.publish, self.glance),)
 
     def publish(self, snapshot: Snapshot, changes: Changes, now: float) -> Sequence[Dep] | None:
         """Take over a snapshot; return the deps of answers that may be different now."""
@@ -125,6 +130,13 @@ class Kubernetes(Plugin):
         if snapshot.synced != was_synced:
             return None
         return deps
+
+    def glance(self, snapshot: Snapshot, changes: Changes, now: float) -> Sequence[Dep]:
+        """Take of a snapshot what /ready and the metrics tell, where other processes answer."""
+        self.records.synced = snapshot.synced
+        if self.latency is not None:
+            self.latency.observe(snapshot, changes, self.gate_state)
+        return ()
 
     def not_ready(self) -> str:
         return "" if self.records.synced else "waiting for the registry to be listed once"
@@ -147,23 +159,29 @@ class Kubernetes(Plugin):
 
     def on_query(self, query: Query) -> Outcome:
         key = query.key
-        lookups = self._lookups
-        labels: list[bytes] = []
-        at = 0
-        while (zone_key := key[at:]) not in lookups:
-            size = key[at]
-            if size == 0:
-                return None
-            labels.append(key[at + 1 : at + 1 + size])
-            at += size + 1
-        zone = query.name[at:]  # in the case it was typed
-        outcome = self._answer(query, zone, labels, lookups[zone_key])
+        for zone_key, lookup in self._lookups:
+            if not key.endswith(zone_key):
+                continue
+            end = len(key) - len(zone_key)
+            labels: list[bytes] = []
+            at = 0
+            while at < end:
+                begin = at + 1
+                at = begin + key[at]
+                labels.append(key[begin:at])
+            if at == end:
+                break
+            # Else what looks like the zone begins within a label.
+        else:
+            return None
+        zone = query.name[end:]  # in the case it was typed
+        outcome = self._answer(query, zone, labels, lookup)
         if (
-            (query.edns is not None or self._is_kept)
+            (query.edns is not None or zone_key in self._kept)
             and outcome.__class__ is Reply
             and self._explains
         ):
-            self._explain(query, zone, labels, zone_key in self._multicluster, outcome)
+            self._explain(query, zone, labels, zone_key, outcome)
         return outcome
 
     def _answer(self, query: Query, zone: bytes, labels: list[bytes], lookup: Lookup) -> Outcome:
@@ -182,17 +200,18 @@ class Kubernetes(Plugin):
     # --- why (RFC 8914) -----------------------------------------------------------------
 
     def _explain(
-        self, query: Query, zone: bytes, labels: list[bytes], imported: bool, reply: Reply
+        self, query: Query, zone: bytes, labels: list[bytes], zone_key: bytes, reply: Reply
     ) -> None:
         """Say of a reply why it is what it is; where a `cache` keeps it, let that ask again
         each time: it gives the answer to those who want no reason too."""
-        asked = (
-            query.key, query.qtype, zone, labels, imported, reply.rcode, bool(reply.answer)
+        why = partial(
+            self._why, query.key, query.qtype, zone, labels, zone_key in self._multicluster,
+            reply.rcode, bool(reply.answer),
         )  # fmt: skip
-        if self._is_kept:
-            reply.why = partial(self._why, *asked)
+        if zone_key in self._kept:
+            reply.why = why
         if query.edns is not None:
-            reply.explain(*self._why(*asked))
+            reply.explain(*why())
 
     def _why(
         self, key: bytes, qtype: int, zone: bytes, labels: list[bytes], imported: bool,
@@ -455,7 +474,7 @@ class Kubernetes(Plugin):
                 return self._missing(query, zone, ())
             return self._forward_name(query, zone, labels, lookup)
         pointers = self.records.pointers(packed)
-        deps = (packed, *self._exposed)
+        deps = (address_key(packed), *self._exposed)
         if not pointers:
             return self._missing(query, zone, deps)
         answer = [
@@ -466,7 +485,7 @@ class Kubernetes(Plugin):
     def _reverse_name(self, query: Query, zone: bytes) -> Outcome:
         """Answer for other types than PTR, and for names that are no whole address."""
         packed = _address(query.key)
-        deps: tuple[Dep, ...] = () if packed is None else (packed, *self._exposed)
+        deps: tuple[Dep, ...] = () if packed is None else (address_key(packed), *self._exposed)
         if not self._strict:
             return self._missing(query, zone, deps)
         if packed is not None:

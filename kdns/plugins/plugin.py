@@ -151,14 +151,23 @@ class Probe:
     done: Callable[[], bool]
 
 
+def unread(snapshot: Snapshot, changes: Changes, now: float) -> Sequence[Any]:
+    """Make nothing of a snapshot."""
+    return ()
+
+
 @dataclass(slots=True)
 class Feed:
     """Follow a registry: `source` is a source/ spec (plugins/kubernetes.py), `publish` gets
     each snapshot with what changed and returns the deps of answers that are no longer true
-    (None: all of them)."""
+    (None: all of them).
+
+    glance -- in place of `publish` where other processes answer (`workers`)
+    """
 
     source: Any
     publish: Callable[[Snapshot, Changes, float], Sequence[Any] | None]
+    glance: Callable[[Snapshot, Changes, float], Sequence[Any] | None] = unread
 
 
 Work: TypeAlias = WatchFile | WatchFolder | HttpRoute | Every | Probe | Feed
@@ -200,6 +209,10 @@ class Plugin:
         """Return why what the plugin knows may be out of date; empty if it is not. /ready
         asks only with `monitor continuously`: an answer that is old beats none."""
         return ""
+
+    def keeps(self, zone: bytes) -> bool:
+        """True if the plugin may keep answers for names in `zone`, to give them out again."""
+        return False
 
     def link(self, chain: Sequence[Plugin]) -> None:
         """Called once with all plugins of the server block, in order of execution."""

@@ -70,6 +70,10 @@ class _Row:
         self.request_sizes.add(asked)
         self.response_sizes.add(answered)
 
+    def tally(self, asked: int, answered: int) -> list[tuple[Cell, float | None]]:
+        """Return what is to be counted for a repeat (Reply.tally)."""
+        return [*self.always, (self.request_sizes, asked), (self.response_sizes, answered)]
+
 
 class Prometheus(Plugin):
     """Counts on the way up, so that whatever was answered below is what is counted."""
@@ -136,12 +140,8 @@ class Prometheus(Plugin):
         asked, answered = query.size, reply_size(query, reply)
         row.count(self._clock() - query.received, asked, answered)
         if reply.keep:
-            tally = reply.tally
-            if tally is None:
-                tally = reply.tally = []
-            tally += row.always
-            tally.append((row.request_sizes, asked))
-            tally.append((row.response_sizes, answered))
+            tally = row.tally(asked, answered)
+            reply.tally = tally if reply.tally is None else reply.tally + tally
         return reply
 
     def on_drop(self, query: Query) -> None:

@@ -41,6 +41,11 @@ class Ready(Plugin):
             or (self._strict and type(p).stale is not Plugin.stale)
         ]
 
+    def ask_also(self, plugin: Plugin) -> None:
+        """Ask one of another server block, too."""
+        if plugin not in self._asked:
+            self._asked.append(plugin)
+
     def work(self) -> Sequence[Work]:
         return (HttpRoute(self.address, "/ready", self._serve),)
 

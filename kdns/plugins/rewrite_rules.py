@@ -208,6 +208,7 @@ class TtlAnswer(AnswerRule):
 
     def apply(self, reply: Reply) -> None:
         low, high = self.low, self.high
+        reply.lease = None  # what becomes of the TTL of a second later is another matter
         _replace_records(reply, lambda rr: rr.with_ttl(min(max(rr.ttl, low), high)))
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from kdns.registry.objects import (
     HEADLESS_LABEL,
@@ -25,6 +25,9 @@ from kdns.registry.objects import (
 )
 
 MAX_PORT: Final = 65535
+# An address that tables are kept by. IPv4: the text, which objects hold already and which is
+# written in one way only (decode.py sees to that); IPv6: its octets.
+Address: TypeAlias = str | bytes
 # addressType of the slices that are read for a family; FQDN slices are nobody's.
 _ADDRESS_TYPES: Final = {4: "IPv4", 6: "IPv6"}
 # Addresses whose canonical form is remembered: the largest Services change often, and each
@@ -82,8 +85,7 @@ def is_published(endpoint: SliceEndpoint) -> bool:
     serving and terminating do not matter to DNS; publishNotReadyAddresses works because the
     EndpointSlice controller writes ready=true for such a Service (reference 1.4).
     """
-    ready = endpoint.conditions.ready
-    return ready is None or ready
+    return endpoint.conditions.ready is not False
 
 
 def published(
@@ -101,11 +103,36 @@ def published(
             if not is_published(endpoint):
                 continue
             for address in endpoint.addresses:
-                try:
-                    packed = ipaddress.ip_address(address).packed
-                except ValueError:
-                    continue
-                yield endpoint, address, packed, ports
+                packed = pack_address(address)
+                if packed is not None:
+                    yield endpoint, address, packed, ports
+
+
+def published_addresses(one: EndpointSlice) -> list[Address]:
+    """Return the addresses of published((one,)), as often as they stand there."""
+    if one.address_type == "FQDN":
+        return []
+    return [
+        address if ":" not in address else pack_address(address) or address
+        for endpoint in one.endpoints or ()
+        if endpoint.conditions.ready is not False
+        for address in endpoint.addresses
+    ]
+
+
+def address_key(packed: bytes) -> Address:
+    """Return an address as published_addresses() has it."""
+    return ".".join(map(str, packed)) if len(packed) == 4 else packed
+
+
+def pack_address(text: str) -> bytes | None:
+    """Return an address's octets; None if it is none."""
+    if _IPV4.fullmatch(text):  # most are, and ipaddress takes four times as long
+        return bytes(map(int, text.split(".")))
+    try:
+        return ipaddress.ip_address(text).packed
+    except ValueError:
+        return None
 
 
 # --- forwarding -----------------------------------------------------------------------------

@@ -243,7 +243,8 @@ class Gate:
             line.family
             for of in self._lines.values()
             for line in of.values()
-            if line.missing.at + self.timeout <= now
+            # At the start all waits for one bound: DNS opens, and is to know every name then.
+            if self._awaits or line.missing.at + self.timeout <= now
         }
         hidden = set(self._hidden)
         touched = {key for key, since in self._new.items() if since + self.timeout <= now}
@@ -390,6 +391,10 @@ class Gate:
         """Return what is to be said of a Service: "waiting", it is not shown as the registry has
         it until its rules are written; "open", it is, and its rules are not in the kernel."""
         return "waiting" if key in self._hidden else "open" if key in self._ahead else ""
+
+    def held(self) -> frozenset[Key]:
+        """Return those of whom state() has something to say."""
+        return frozenset(self._hidden.keys() | self._ahead.keys())
 
     @property
     def is_open(self) -> bool:

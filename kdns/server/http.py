@@ -16,7 +16,7 @@ import logging
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from kdns.dns import types as t
@@ -55,9 +55,14 @@ class _Server:
         self._bound: list[socket.socket] = []  # and not served yet
         self._runner: web.ServerRunner | None = None
 
-    async def start(self) -> None:
-        """Listen; `port` is then the one that was got. Raises OSError."""
-        await self.bind()
+    async def start(self, bound: Sequence[socket.socket] = ()) -> None:
+        """Listen; `port` is then the one that was got. bound -- the sockets, if there are some
+        already. Raises OSError."""
+        if bound:
+            self._bound = [*bound]
+            self.port = bound[0].getsockname()[1]
+        else:
+            await self.bind()
         await self.serve()
 
     async def bind(self) -> None:
@@ -135,6 +140,7 @@ class HttpServer(_Server):
     """One address with any number of paths; paths may be replaced while it runs.
 
     fallback -- answers any path that has no route: returns (status, headers, body)
+    before   -- is waited for before the route of a path answers
     """
 
     def __init__(self, address: str, context: ssl.SSLContext | None = None) -> None:
@@ -142,6 +148,7 @@ class HttpServer(_Server):
         self.address = address
         self.routes: dict[str, HttpRoute] = {}
         self.fallback: Callable[[str], tuple[int, dict[str, str], bytes]] | None = None
+        self.before: Callable[[str], Awaitable[None]] | None = None
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         from aiohttp import web
@@ -153,6 +160,8 @@ class HttpServer(_Server):
         if request.method not in ("GET", "HEAD"):
             return web.Response(status=405, text="only GET\n")
         if route is not None:
+            if self.before is not None:
+                await self.before(request.path)
             status, content_type, body = route.handle(dict(request.headers))
             headers = {"Content-Type": content_type}
         else:

@@ -3,6 +3,9 @@
 A wildcard place gets one UDP socket for each address the host has now, which is the fast
 way, and one for the wildcard address, which serves addresses that come later and replies
 from the one that was asked.
+
+Where workers serve (server/workers.py), a place has a set of sockets for each of them; all sets
+have the same port, and the kernel shares the questions out among them (SO_REUSEPORT).
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kdns.metrics import Metrics
 from kdns.server.addresses import local_addresses
@@ -41,90 +44,103 @@ class Place:
         return f"{self.scheme}://{host}:{self.port}"
 
 
+@dataclass(slots=True)
+class Sockets:
+    """The bound sockets of one place, or of one worker there.
+
+    udp -- and whether a socket answers from the address that was asked
+    """
+
+    port: int
+    udp: list[tuple[socket.socket, bool]] = field(default_factory=list)
+    tcp: list[socket.socket] = field(default_factory=list)
+    closed: bool = False
+
+    def every(self) -> list[socket.socket]:
+        """Return those of UDP, then those that listen."""
+        return [*(sock for sock, _ in self.udp), *self.tcp]
+
+    def close(self) -> None:
+        self.closed = True
+        for sock in self.every():
+            sock.close()
+
+
 class Listener:
-    """All sockets of one Place."""
+    """All sockets of one Place.
+
+    shared -- with bind_for(): each worker's
+    """
 
     def __init__(self, place: Place, exchange: Exchange, metrics: Metrics) -> None:
         self.place = place
         self.exchange = exchange
         self.port = place.port
         self.caches: list[PacketCache] = []
+        self.shared: list[Sockets] = []
         self._metrics = metrics
         self._udp: list[UdpListener] = []
         self._tcp: list[tuple[asyncio.Server, TcpServer]] = []
         self._doh: DohServer | None = None
         self.context: ssl.SSLContext | None = None
 
-    async def open(self, context: ssl.SSLContext | None = None) -> None:
-        """Open everything or nothing. Raises OSError."""
+    async def open(
+        self, context: ssl.SSLContext | None = None, bound: Sockets | None = None
+    ) -> None:
+        """Open everything or nothing; bound -- the sockets, if there are some already. Raises
+        OSError."""
         self.context = context
         try:
             if self.place.scheme == "https":
-                self._doh = DohServer(
-                    self.place.address, self.place.port, context, self.exchange,
-                    self._metrics, str(self.place),
-                )  # fmt: skip
-                await self._doh.start()
-                self.port = self._doh.port
-            elif self.place.scheme == "tls":
-                await self._open_streams(self._hosts(), self.place.port, "tls", context)
-            else:
-                await self._open_dns()
+                await self._open_doh(context, bound)
+                return
+            bound = bound or _bind(self.place)
+            self.port = bound.port
+            cache = PacketCache()
+            for number, (sock, replies_from) in enumerate(bound.udp):
+                if replies_from or not number:
+                    cache = PacketCache()  # one for a family of addresses
+                    self.caches.append(cache)
+                self._udp.append(UdpListener(sock, self.exchange, cache, replies_from))
+            await self._open_streams(bound.tcp, context)
         except BaseException:
+            if bound is not None:
+                bound.close()
             await self.close()
             raise
 
-    def _hosts(self) -> list[str]:
-        if self.place.address:
-            return [self.place.address]
-        return ["0.0.0.0", "::"] if _has_ipv6() else ["0.0.0.0"]
+    def bind_for(self, count: int, context: ssl.SSLContext | None) -> None:
+        """Bind `count` sets of sockets and serve nothing. Raises OSError."""
+        self.context = context
+        self.shared = bind_shared(self.place, count)
+        self.port = self.shared[0].port
 
-    async def _open_dns(self) -> None:
-        for attempt in range(PORT_TRIES):
-            try:
-                await self._open_port(self.place.port)
-                return
-            except OSError:
-                await self.close()
-                if self.place.port or attempt == PORT_TRIES - 1:
-                    raise
+    def bind_again(self, number: int) -> None:
+        """Bind anew one set of `shared` that was closed. Raises OSError."""
+        self.shared[number] = _bind(Place(*_parts(self.place, self.port)), shared=True)
 
-    async def _open_port(self, port: int) -> None:
-        hosts = self._hosts()
-        for host in hosts:
-            wildcard = not self.place.address
-            sock = _udp_socket(host, port, shared=wildcard)
-            port = sock.getsockname()[1]
-            cache = PacketCache()
-            self.caches.append(cache)
-            self._udp.append(UdpListener(sock, self.exchange, cache, reply_from=wildcard))
-            if not wildcard:
-                continue
-            own = [a.address for a in local_addresses() if (":" in a.address) == (":" in host)]
-            for address in own if len(own) <= MAX_OWN_SOCKETS else ():
-                try:
-                    one = _udp_socket(address, port, shared=True)
-                except OSError:
-                    continue  # gone again, or still tentative: the wildcard socket serves it
-                self._udp.append(UdpListener(one, self.exchange, cache))
-        await self._open_streams(hosts, port, "tcp", None)
-        self.port = port
+    async def _open_doh(self, context: ssl.SSLContext | None, bound: Sockets | None) -> None:
+        self._doh = DohServer(
+            self.place.address, self.place.port, context, self.exchange,
+            self._metrics, str(self.place),
+        )  # fmt: skip
+        await self._doh.start(() if bound is None else bound.tcp)
+        self.port = self._doh.port
 
     async def _open_streams(
-        self, hosts: list[str], port: int, proto: str, context: ssl.SSLContext | None
+        self, listening: list[socket.socket], context: ssl.SSLContext | None
     ) -> None:
         loop = asyncio.get_running_loop()
+        proto = "tcp" if self.place.scheme == "dns" else "tls"
         rejected = self._metrics.counter(
             "kdns_tcp_connections_rejected_total", "Connections over the limit of a listener."
         ).labels()
-        for host in hosts:
+        for sock in listening:
             server = TcpServer(self.exchange, proto, rejected)
-            listening = await loop.create_server(
-                server.protocol, host, port, ssl=context, backlog=BACKLOG, reuse_address=True
+            opened = await loop.create_server(
+                server.protocol, sock=sock, ssl=context, backlog=BACKLOG
             )
-            port = listening.sockets[0].getsockname()[1]
-            self._tcp.append((listening, server))
-        self.port = port
+            self._tcp.append((opened, server))
 
     async def close(self) -> None:
         """Close all sockets and connections."""
@@ -137,7 +153,79 @@ class Listener:
             await self._doh.stop()
         for cache in self.caches:
             cache.settle()
-        self._udp, self._tcp, self._doh, self.caches = [], [], None, []
+        for bound in self.shared:
+            bound.close()
+        self._udp, self._tcp, self._doh, self.caches, self.shared = [], [], None, [], []
+
+
+# --- binding ------------------------------------------------------------------------------
+
+
+def bind_shared(place: Place, count: int) -> list[Sockets]:
+    """Return `count` sets of sockets of a place, all of one port. Raises OSError."""
+    first = _bind(place, shared=True, probe=True)
+    sets = [first]
+    try:
+        for _ in range(1, count):
+            sets.append(_bind(Place(*_parts(place, first.port)), shared=True))
+    except BaseException:
+        for one in sets:
+            one.close()
+        raise
+    return sets
+
+
+def _parts(place: Place, port: int) -> tuple[str, str, int]:
+    return place.scheme, place.address, port
+
+
+def _bind(place: Place, shared: bool = False, probe: bool = False) -> Sockets:
+    """Return one set of sockets of a place.
+
+    shared -- other sets have the same port; probe -- nobody may have it yet
+    """
+    for attempt in range(PORT_TRIES):
+        bound = Sockets(place.port)
+        try:
+            _bind_into(bound, place, shared, probe)
+            return bound
+        except OSError:
+            bound.close()
+            if place.port or attempt == PORT_TRIES - 1:
+                raise
+    raise AssertionError("not reached")
+
+
+def _bind_into(bound: Sockets, place: Place, shared: bool, probe: bool) -> None:
+    hosts = _hosts(place)
+    if place.scheme == "dns":
+        for host in hosts:
+            _bind_udp(bound, host, not place.address, shared, probe)
+    for host in hosts:
+        sock = _tcp_socket(host, bound.port, shared, probe)
+        bound.tcp.append(sock)
+        bound.port = sock.getsockname()[1]
+
+
+def _bind_udp(bound: Sockets, host: str, wildcard: bool, shared: bool, probe: bool) -> None:
+    sock = _udp_socket(host, bound.port, wildcard, shared, probe or not shared)
+    bound.udp.append((sock, wildcard))
+    bound.port = sock.getsockname()[1]
+    if not wildcard:
+        return
+    own = [a.address for a in local_addresses() if (":" in a.address) == (":" in host)]
+    for address in own if len(own) <= MAX_OWN_SOCKETS else ():
+        try:
+            one = _udp_socket(address, bound.port, True, shared, False)
+        except OSError:
+            continue  # gone again, or still tentative: the wildcard socket serves it
+        bound.udp.append((one, False))
+
+
+def _hosts(place: Place) -> list[str]:
+    if place.address:
+        return [place.address]
+    return ["0.0.0.0", "::"] if _has_ipv6() else ["0.0.0.0"]
 
 
 def _has_ipv6() -> bool:
@@ -149,26 +237,56 @@ def _has_ipv6() -> bool:
         return False
 
 
-def _udp_socket(host: str, port: int, shared: bool) -> socket.socket:
-    """Return a bound UDP socket. shared: sockets of other addresses have the same port."""
+def _udp_socket(host: str, port: int, wildcard: bool, shared: bool, probe: bool) -> socket.socket:
+    """Return a bound UDP socket.
+
+    wildcard -- sockets of other addresses have the same port; shared -- also of this address
+    probe    -- nobody else may have it: the ways in which we share it would let a second server
+                take it unnoticed
+    """
     info = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)
     family, kind, proto, _, address = info[0]
-    if shared and port and host in ("0.0.0.0", "::"):
-        # SO_REUSEADDR lets UDP sockets of different addresses share the port, but would
-        # also let a second server take it unnoticed: so first see that it is free.
-        with socket.socket(family, kind, proto) as probe:
-            if family == socket.AF_INET6:
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            probe.bind(address)
+    if probe and port and (shared or (wildcard and host in ("0.0.0.0", "::"))):
+        with socket.socket(family, kind, proto) as other:
+            _only_ipv6(other)
+            other.bind(address)
     sock = socket.socket(family, kind, proto)
     try:
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        if shared:
+        _only_ipv6(sock)
+        if wildcard:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
         sock.bind(address)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def _tcp_socket(host: str, port: int, shared: bool, probe: bool) -> socket.socket:
+    """Return a bound TCP socket that does not listen yet; as above."""
+    info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    family, kind, proto, _, address = info[0]
+    if shared and probe and port:
+        with socket.socket(family, kind, proto) as other:
+            _only_ipv6(other)
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind(address)
+    sock = socket.socket(family, kind, proto)
+    try:
+        _only_ipv6(sock)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _only_ipv6(sock: socket.socket) -> None:
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)

@@ -12,9 +12,9 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from typing import TypeAlias
 
-from kdns.dns.message import FOREVER, Query, Reply
+from kdns.dns.message import FOREVER, Lease, Query, Reply
 from kdns.server.datagrams import ANSWER_ROOM
-from kdns.server.folding import Template, fold, template_of
+from kdns.server.folding import Template, exact, fold, places_of_ttls, template_of
 
 # Bounds of one cache: it has two generations of this many entries and octets each. A typical
 # entry is under 600 octets in memory, so both stay under 20 MB of the stock 170 Mi limit.
@@ -28,8 +28,10 @@ MAX_ASKED = 65536
 ORDERS = 16
 
 # All of an answer behind the ID, for one question octet by octet; or a template for all
-# spellings of it.
+# spellings of it, or with TTLs that count down.
 Made: TypeAlias = bytes | Template
+# Of all answers that are not a cache's.
+FREEHOLD = Lease(0.0, 1)
 
 
 class Entry:
@@ -38,19 +40,25 @@ class Entry:
     size  -- octets of the whole answer
     wire  -- for `plain` ones: all of it behind the ID
     plain -- nothing to do for a repeat but to count and send; it fits the room for answers
-    template -- for those that would be plain if they were of one spelling
+    lease -- says when it ends, besides `expires`
+    template, until -- for those that would be plain if they were of one spelling and one TTL:
+             what to fill as long as it is not later than that and the lease is held
     """
 
     __slots__ = (
-        "deps", "expires", "hits", "key", "made", "next", "on_repeat", "orders", "plain", "size",
-        "tally", "template", "wire",
+        "deps", "expires", "hits", "key", "lease", "made", "next", "on_repeat", "orders", "plain",
+        "size", "tally", "template", "until", "wire",
     )  # fmt: skip
 
-    def __init__(self, key: bytes, made: Made, reply: Reply, now: float) -> None:
+    def __init__(
+        self, key: bytes, made: Made, reply: Reply, now: float, lease: Lease = FREEHOLD
+    ) -> None:
         self.hits = 0
         self.tally = reply.tally
         self.deps = reply.deps
-        self.expires = FOREVER if reply.keep == FOREVER else now + reply.keep
+        self.lease = lease
+        for_ever = reply.keep == FOREVER or lease is not FREEHOLD
+        self.expires = FOREVER if for_ever else now + reply.keep
         self.on_repeat = reply.on_repeat
         self.orders: list[Made] | None = [made] if reply.shuffled else None
         self.next = 0
@@ -69,13 +77,20 @@ class Entry:
         )
         self.plain = simple and isinstance(made, bytes)
         self.template = made if simple and isinstance(made, Template) else None
+        # The first repeat sees which TTL it is.
+        self.until = FOREVER if self.lease is FREEHOLD else 0.0
 
     def spelt(self, key: bytes, wire: bytes) -> Entry:
-        """Return the entry for one spelling of the question."""
+        """Return the entry for one spelling of the question; wire -- the answer to it"""
         one = Entry.__new__(Entry)
         one.hits, one.tally, one.deps, one.expires = 0, self.tally, self.deps, self.expires
         one.on_repeat, one.orders, one.next = self.on_repeat, None, 0
-        one._settle_on(key, wire)
+        one.lease = self.lease
+        made: Made = wire[2:]
+        if self.lease is not FREEHOLD:
+            assert isinstance(self.made, Template)
+            made = exact(wire, places_of_ttls(wire, self.made.ttl) or ())
+        one._settle_on(key, made)
         return one
 
 
@@ -126,6 +141,14 @@ class PacketCache:
         if entry.expires <= now:
             self._forget(entry)
             return None
+        ttl = None
+        if entry.lease is not FREEHOLD:
+            ttl = entry.lease.shown(now)
+            if ttl is None:
+                self._forget(entry)
+                # What is asked that often is kept again as soon as may be.
+                self._note_asked(entry.key)
+                return None
         orders = entry.orders
         if orders is None:
             made = entry.made
@@ -137,6 +160,10 @@ class PacketCache:
             made = orders[at]
         if isinstance(made, bytes):
             return datagram[:2] + made
+        if ttl is not None:
+            made.age(ttl)
+            if orders is None:
+                entry.until = entry.lease.until(now)
         wire = made.fill(datagram)
         if orders is None:
             self.note_spelling(entry, datagram, wire)
@@ -145,8 +172,8 @@ class PacketCache:
     def note_spelling(self, entry: Entry, datagram: bytes, wire: bytes) -> None:
         """Give a spelling that comes again and again an entry of its own, which is quicker."""
         key = datagram[2:]
-        if self._asked_before(key):
-            self._insert(entry.spelt(key, wire[2:]))
+        if entry.key != key and self._asked_before(key):
+            self._insert(entry.spelt(key, wire))
 
     def keep(self, datagram: bytes, query: Query, wire: bytes, reply: Reply, now: float) -> None:
         """Remember an answer that may be repeated, if its question has been asked before."""
@@ -154,13 +181,16 @@ class PacketCache:
             key = fold(datagram)
             if not self._wanted(key, reply):
                 return
-            template = template_of(query, reply, wire)
+            ttls, lease = _lease_of(reply, wire, now)
+            template = template_of(query, reply, wire, ttls)
             if template is not None:
-                self._put(key, template, reply, now)
+                self._put(key, template, reply, now, lease)
                 return
         key = datagram[2:]
         if self._wanted(key, reply):
-            self._put(key, wire[2:], reply, now)
+            ttls, lease = _lease_of(reply, wire, now)
+            made = wire[2:] if lease is FREEHOLD else exact(wire, ttls)
+            self._put(key, made, reply, now, lease)
 
     def _wanted(self, key: bytes, reply: Reply) -> bool:
         """Whether an answer is to be kept: the question's second one, or another order."""
@@ -175,17 +205,20 @@ class PacketCache:
         if mark in asked:
             asked.discard(mark)
             return True
-        if len(asked) >= MAX_ASKED:
-            asked.clear()
-        asked.add(mark)
+        self._note_asked(key)
         return False
 
-    def _put(self, key: bytes, made: Made, reply: Reply, now: float) -> None:
+    def _note_asked(self, key: bytes) -> None:
+        if len(self._asked) >= MAX_ASKED:
+            self._asked.clear()
+        self._asked.add(hash(key))
+
+    def _put(self, key: bytes, made: Made, reply: Reply, now: float, lease: Lease) -> None:
         entry = self.young.entries.get(key)
-        if entry is not None and entry.orders is not None and reply.shuffled:
-            self._add_order(entry, made)
+        if entry is None or entry.orders is None or not reply.shuffled or entry.lease is not lease:
+            self._insert(Entry(key, made, reply, now, lease))
         else:
-            self._insert(Entry(key, made, reply, now))
+            self._add_order(entry, made)
 
     def _add_order(self, entry: Entry, made: Made) -> None:
         orders = entry.orders
@@ -257,3 +290,15 @@ class PacketCache:
         mean = self.busy / self.repeats if self.repeats else 0.0
         for cell, value in entry.tally or ():
             cell.add(mean if value is None else value, hits)
+
+
+def _lease_of(reply: Reply, wire: bytes, now: float) -> tuple[list[int], Lease]:
+    """Return where the TTLs of a cache's answer are and how long it may be repeated; nowhere
+    and FREEHOLD where it is to be repeated as it is."""
+    lease = reply.lease
+    if lease is not None:
+        ttl = lease.shown(now)
+        ttls = None if ttl is None else places_of_ttls(wire, ttl)
+        if ttls is not None:
+            return ttls, lease
+    return [], FREEHOLD

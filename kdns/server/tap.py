@@ -42,6 +42,8 @@ class QueryTap:
         self._takers: list[Take] = []
         self._clients = Clients()
         self._followed: list[Pipeline] = []
+        # Has other processes show their questions here, with show(), or no more.
+        self.elsewhere: Callable[[bool], None] = lambda on: None
 
     def listen(self, take: Take) -> Callable[[], None]:
         """Call `take` with the line of each question from now on; call what is returned to
@@ -49,6 +51,7 @@ class QueryTap:
         self._takers = [*self._takers, take]
         if len(self._takers) == 1:
             self.renew()
+            self.elsewhere(True)
 
         def end() -> None:
             if take in self._takers:
@@ -73,7 +76,12 @@ class QueryTap:
                 listener.exchange.router = _Tapped(router, self._form(listener), self._write)
                 _forget(listener)
 
+    def show(self, line: str) -> None:
+        """Pass on what another process shows."""
+        self._write(line)
+
     def _close(self) -> None:
+        self.elsewhere(False)
         for pipeline in self._followed:
             pipeline.unsubscribe(self._clients.publish)
         self._followed = []

@@ -88,9 +88,10 @@ class UdpListener:
                 answers[to : to + size] = datagram[:2] + entry.wire
                 out[slot * step] = size
             elif (
-                entry is None
-                and (entry := cache.young.entries.get(fold(datagram))) is not None
+                (entry := entry or cache.young.entries.get(fold(datagram))) is not None
                 and (template := entry.template) is not None
+                and entry.until > began
+                and entry.lease.held
             ):
                 wire = template.fill(datagram)
                 answers[to : to + template.size] = wire

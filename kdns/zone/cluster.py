@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from kdns.dns.name import name_of
 from kdns.dns.reverse import IN_ADDR, IP6_ARPA, reverse_name
-from kdns.registry.endpoints import is_published
+from kdns.registry.endpoints import Address, address_key, is_published, published_addresses
 from kdns.registry.objects import EndpointSlice, Namespace, Pod, ServiceSpec
 from kdns.registry.selectors import Selector
 from kdns.registry.snapshot import Changes, Snapshot
@@ -38,6 +38,7 @@ NAMESPACES_DEP = ("namespaces",)
 # Namespaces with a Service of the same name that are looked at for a hint.
 PLACES = 8
 Dep: TypeAlias = Hashable
+ServiceKey: TypeAlias = tuple[bytes, bytes]  # namespace, name: lower case
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,9 @@ class ClusterRecords:
         self._namespaces: dict[bytes, bool] = {}  # lower-case name -> exposed
         self._services: dict[bytes, dict[bytes, ServiceRecords]] = {}
         self._imports: dict[bytes, dict[bytes, ServiceRecords]] = {}
-        self._by_address: dict[bytes, dict[tuple[bytes, bytes], tuple[bytes, ...] | None]] = {}
+        # Address -> the Service that has it, as a ClusterIP or as an endpoint, or those: nearly
+        # every address is one Service's.
+        self._by_address: dict[Address, ServiceKey | tuple[ServiceKey, ...]] = {}
         self._pods: dict[str, dict[tuple[str, str], Pod]] = {}
         self._pod_ip: dict[tuple[str, str], str] = {}
         self._suffixes: dict[bytes, int] = {}  # strict only: reverse empty non-terminals
@@ -160,9 +163,10 @@ class ClusterRecords:
 
     def _update_service(self, snapshot: Snapshot, namespace: str, name: str) -> list[Dep]:
         ns_key, key = namespace.lower().encode(), name.lower().encode()
-        deps: list[Dep] = [(ns_key, key)]
         self._ready.pop((ns_key, key, False), None)
         old = self._services.get(ns_key, {}).get(key)
+        pair: ServiceKey = old.key if old is not None else (ns_key, key)
+        deps: list[Dep] = [pair]
         service = snapshot.services.get(namespace, {}).get(name)
         new = None
         if service is not None:
@@ -175,12 +179,11 @@ class ClusterRecords:
                 pod_names=options.endpoint_pod_names,
                 strict=options.strict,
             )
-            new.deps = ((ns_key, key), (ns_key,))
-        if old is not None:
-            deps += self._index(old, add=False)
+            new.key = pair
+            new.deps = old.deps if old is not None else (pair, (ns_key,))
+        deps += self._reindex(pair, old, new)
         if new is not None:
             self._services.setdefault(ns_key, {})[key] = new
-            deps += self._index(new, add=True)
         elif old is not None:
             del self._services[ns_key][key]
             if not self._services[ns_key]:
@@ -227,33 +230,78 @@ class ClusterRecords:
         _note(self._near_imports, self._imports, ns_key, key)
         return dep, ("imports", ns_key)
 
-    def _index(self, records: ServiceRecords, add: bool) -> Iterator[Dep]:
-        """Enter or remove a Service's addresses; yield the deps of their PTR answers."""
-        key = (records.namespace, records.name)
-        targets: dict[bytes, tuple[bytes, ...] | None] = {}
-        if not (self.options.strict and not records.headless):
-            # DNS spec 2.3.3/2.4.3: PTR for ClusterIPs and for endpoints of headless
-            # Services; CoreDNS also answers for endpoints of ClusterIP Services.
-            for item in records.endpoints:
-                known = targets.get(item.packed) or ()
-                if item.label not in known:
-                    targets[item.packed] = (*known, item.label)
-        for packed in records.addresses:
-            targets[packed] = None
-        for packed, labels in targets.items():
-            entries = self._by_address.setdefault(packed, {})
-            if add:
-                entries[key] = labels
-            else:
-                entries.pop(key, None)
-                if not entries:
-                    del self._by_address[packed]
-            if self.options.strict:
-                self._count_suffixes(packed, 1 if add else -1)
-            yield packed
+    def _reindex(
+        self, key: ServiceKey, old: ServiceRecords | None, new: ServiceRecords | None
+    ) -> set[Address]:
+        """Enter the addresses of a Service's new version and remove those of its old one;
+        return the addresses whose PTR answers may be different now.
 
-    def _count_suffixes(self, packed: bytes, step: int) -> None:
-        name = reverse_name(str(ipaddress.ip_address(packed)))
+        The slices that both have are passed over: one of a thousand endpoints costs what
+        changed.
+        """
+        before = () if old is None else self._slices_in_reverse(old)
+        after = () if new is None else self._slices_in_reverse(new)
+        kept = {id(one) for one in before} & {id(one) for one in after}
+        gone = set(map(address_key, old.addresses)) if old is not None else set()
+        come = set(map(address_key, new.addresses)) if new is not None else set()
+        for one in before:
+            if id(one) not in kept:
+                gone.update(published_addresses(one))
+        for one in after:
+            if id(one) not in kept:
+                come.update(published_addresses(one))
+        touched = gone | come
+        gone -= come
+        if gone:
+            for one in after:
+                if id(one) in kept:
+                    gone.difference_update(published_addresses(one))
+        for address in gone:
+            self._unlist(address, key)
+        listed = self._by_address
+        for address in come:
+            # The usual case by one look: nobody has it, or this Service had it before.
+            if self.options.strict or listed.setdefault(address, key) is not key:
+                self._list(address, key)
+        return touched
+
+    def _slices_in_reverse(self, records: ServiceRecords) -> tuple[EndpointSlice, ...]:
+        """Return the slices whose addresses have a PTR record to this Service.
+
+        DNS spec 2.3.3/2.4.3: PTR for ClusterIPs and for endpoints of headless Services;
+        CoreDNS also answers for endpoints of ClusterIP Services.
+        """
+        return () if self.options.strict and not records.headless else records.slices
+
+    def _list(self, address: Address, key: ServiceKey) -> None:
+        holders = self._holders(address)
+        if key in holders:
+            return
+        self._by_address[address] = (*holders, key) if holders else key
+        if self.options.strict:
+            self._count_suffixes(address, 1)
+
+    def _unlist(self, address: Address, key: ServiceKey) -> None:
+        holders = self._holders(address)
+        if key not in holders:
+            return
+        left = tuple(one for one in holders if one != key)
+        if not left:
+            del self._by_address[address]
+        else:
+            self._by_address[address] = left if len(left) > 1 else left[0]
+        if self.options.strict:
+            self._count_suffixes(address, -1)
+
+    def _holders(self, address: Address) -> tuple[ServiceKey, ...]:
+        """Return the Services that an address is listed for, in no order."""
+        found = self._by_address.get(address)
+        if found is None:
+            return ()
+        return (found,) if isinstance(found[0], bytes) else found
+
+    def _count_suffixes(self, address: Address, step: int) -> None:
+        name = reverse_name(str(ipaddress.ip_address(address)))
         at = name[0] + 1
         while at < len(name) - 1:
             suffix = name[at:]
@@ -434,19 +482,16 @@ class ClusterRecords:
     def pointers(self, packed: bytes) -> list[tuple[bytes, ...]]:
         """Return the names an address has, as labels left of the primary zone: the Service
         whose ClusterIP it is (one), else every published endpoint with it (1.7)."""
-        entries = self._by_address.get(packed)
-        if not entries:
-            return []
         # `namespaces` filters PTR too, `namespace_labels` does not (reference 1.7).
         filtered = bool(self.options.namespaces)
         out: list[tuple[bytes, ...]] = []
-        for key in sorted(entries):
-            namespace, name = key
+        for namespace, name in sorted(self._holders(address_key(packed))):
             if filtered and not self._namespaces.get(namespace):
                 continue
-            labels = entries[key]
-            if labels is None:
+            records = self._services[namespace][name]
+            if packed in records.addresses:
                 return [(name, namespace, SVC)]
+            labels = dict.fromkeys(i.label for i in records.endpoints if i.packed == packed)
             out += [(label, name, namespace, SVC) for label in labels]
         return out
 
@@ -545,9 +590,10 @@ class ClusterRecords:
         this very server stands behind (reference 1.10)."""
         out: dict[tuple[bytes, bytes], ServiceRecords] = {}
         for packed in addresses:
-            for (namespace, name), labels in self._by_address.get(packed, {}).items():
-                if labels is not None:
-                    out[namespace, name] = self._services[namespace][name]
+            for namespace, name in self._holders(address_key(packed)):
+                records = self._services[namespace][name]
+                if packed not in records.addresses:
+                    out[namespace, name] = records
         return [out[key] for key in sorted(out)]
 
 
@@ -583,7 +629,7 @@ def count_ready(slices: Iterable[EndpointSlice]) -> tuple[int, int]:
 def describe_dep(dep: Dep) -> str:
     """Return which object a dep stands for, as people write it ("Service default/web"); empty
     where it stands for none (the SOA's serial, the set of names in a namespace)."""
-    if isinstance(dep, bytes):
+    if isinstance(dep, bytes) or (isinstance(dep, str) and dep != SOA_DEP):
         return f"address {ipaddress.ip_address(dep)}"
     if not isinstance(dep, tuple):
         return ""

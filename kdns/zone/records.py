@@ -12,12 +12,14 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from struct import pack
+from typing import TypeAlias
 
 from kdns.dns import types as t
 from kdns.dns.message import RR
 from kdns.dns.name import MAX_NAME, BadName, name_of, parse_name
-from kdns.registry.endpoints import published
+from kdns.registry.endpoints import pack_address, published
 from kdns.registry.objects import (
     SOURCE_CLUSTER_LABEL,
     EndpointSlice,
@@ -28,6 +30,9 @@ from kdns.registry.objects import (
 
 NO_PORT = -1  # stands for "no ports declared": there is an address but nothing for SRV
 SVC = b"svc"
+Ports: TypeAlias = tuple[tuple[bytes, bytes, int], ...]  # name, protocol, number
+_NO_PORTS: Ports = ((b"", b"", NO_PORT),)
+_SHARED = 1 << 10  # ports that many Services have in common
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,39 +124,84 @@ class ServiceRecords:
     """What one Service is in the DNS.
 
     items     -- the Service's own addresses: ClusterIPs x ports, or its endpoints (headless)
-    endpoints -- the endpoints x ports, also of a ClusterIP Service
+    endpoints -- the endpoints x ports, also of a ClusterIP Service; made when they are first
+                 asked for, for of most Services nobody asks for them
+    slices    -- what these are made from
+    key       -- (namespace, name)
     cname     -- the target of an ExternalName Service as a wire name, else None
     addresses -- packed ClusterIPs, for PTR
     """
 
     __slots__ = (
+        "_endpoints",
+        "_items",
         "_nodes",
+        "_pod_names",
         "addresses",
         "cname",
         "deps",
-        "endpoints",
         "headless",
-        "items",
+        "key",
         "name",
         "namespace",
         "ports",
+        "slices",
         "strict",
         "ttl",
     )
 
-    def __init__(self, namespace: bytes, name: bytes, ttl: int, strict: bool) -> None:
+    def __init__(
+        self,
+        namespace: bytes,
+        name: bytes,
+        ttl: int,
+        strict: bool,
+        slices: Iterable[EndpointSlice] = (),
+        pod_names: bool = False,
+    ) -> None:
         self.namespace = namespace
         self.name = name
+        self.key = (namespace, name)
         self.ttl = ttl
         self.strict = strict
+        self.slices = tuple(slices)
         self.headless = False
         self.cname: bytes | None = None
-        self.items: tuple[Item, ...] = ()
-        self.endpoints: tuple[Item, ...] = ()
         self.addresses: tuple[bytes, ...] = ()
-        self.ports: tuple[tuple[bytes, bytes, int], ...] = ()
+        self.ports: Ports = ()
         self.deps: tuple[object, ...] = ()
-        self._nodes: dict[tuple[bytes, ...], Node] = {}
+        self._pod_names = pod_names
+        self._endpoints: tuple[Item, ...] | None = None
+        self._items: tuple[Item, ...] | None = None
+        self._nodes: dict[tuple[bytes, ...], Node] | None = None
+
+    def set_endpoints(self, endpoints: Iterable[Item]) -> None:
+        """Have these in place of what the slices say."""
+        self._endpoints = tuple(endpoints)
+
+    def set_items(self, items: Iterable[Item]) -> None:
+        """Have these in place of ClusterIPs x ports."""
+        self._items = tuple(items)
+
+    @property
+    def endpoints(self) -> tuple[Item, ...]:
+        if self._endpoints is None:
+            self._endpoints = tuple(_endpoint_items(self, self.slices, self._pod_names))
+        return self._endpoints
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        if self.headless:
+            return self.endpoints
+        if self._items is None:
+            self._items = tuple(self._own_items())
+        return self._items
+
+    def _own_items(self) -> Iterator[Item]:
+        base = (self.name, self.namespace, SVC)
+        for port_name, protocol, port in self.ports or _NO_PORTS:
+            for packed in self.addresses:
+                yield Item(packed, port, port_name, protocol, base, b"")
 
     def node(self, endpoint: bytes = b"", port: bytes = b"", protocol: bytes = b"") -> Node | None:
         """Return the node of an endpoint name, of `_port._protocol`, or of the Service itself.
@@ -159,7 +209,10 @@ class ServiceRecords:
         All lower-case; an empty port or protocol matches any. None: no such name.
         """
         key = (endpoint, port, protocol)
-        node = self._nodes.get(key)
+        nodes = self._nodes
+        if nodes is None:
+            nodes = self._nodes = {}
+        node = nodes.get(key)
         if node is None:
             items = self.endpoints if endpoint else self.items
             if endpoint or port or protocol:
@@ -172,7 +225,7 @@ class ServiceRecords:
                 )
             if not items:
                 return None
-            node = self._nodes[key] = Node(items, self.ttl, self.strict)
+            node = nodes[key] = Node(items, self.ttl, self.strict)
         return node
 
     def has_port(self, port: bytes, protocol: bytes) -> bool:
@@ -186,12 +239,15 @@ class ServiceRecords:
         """Return the node of a ServiceImport's endpoint; cluster empty: one of which it is
         not known where it is."""
         key = (cluster, endpoint)
-        node = self._nodes.get(key)
+        nodes = self._nodes
+        if nodes is None:
+            nodes = self._nodes = {}
+        node = nodes.get(key)
         if node is None:
             items = tuple(i for i in self.endpoints if i.cluster == cluster and i.label == endpoint)
             if not items:
                 return None
-            node = self._nodes[key] = Node(items, self.ttl, self.strict)
+            node = nodes[key] = Node(items, self.ttl, self.strict)
         return node
 
     def has_cluster(self, cluster: bytes) -> bool:
@@ -232,16 +288,16 @@ def compile_service(
     """Return the records of a Service. Slices are those of the Service, in a fixed order."""
     meta, spec = service.metadata, service.spec
     namespace, name = meta.namespace.lower().encode(), meta.name.lower().encode()
-    records = ServiceRecords(namespace, name, ttl, strict)
     if spec.type == "ExternalName":
+        records = ServiceRecords(namespace, name, ttl, strict)
         records.cname = external_target(spec.external_name)
         return records
-    records.endpoints = tuple(_endpoint_items(records, slices, pod_names))
+    records = ServiceRecords(namespace, name, ttl, strict, slices, pod_names)
     cluster_ips = spec.cluster_ips or [spec.cluster_ip]
     if cluster_ips[0] == "None":
         cluster_ips = []
         records.headless = True
-    _set_own_items(records, spec.ports, cluster_ips, bare=True)
+    _set_own(records, spec.ports, cluster_ips)
     return records
 
 
@@ -262,10 +318,13 @@ def compile_import(
     for part in slices:
         cluster = (part.metadata.labels or {}).get(SOURCE_CLUSTER_LABEL, "").lower().encode()
         endpoints += _endpoint_items(records, (part,), pod_names, cluster)
-    records.endpoints = tuple(endpoints)
+    records.set_endpoints(endpoints)
     records.headless = spec.type == "Headless"
-    # CoreDNS: without ports there is no name. DNS spec 2.3.1 asks for its address all the same.
-    _set_own_items(records, spec.ports, spec.ips or (), bare=strict)
+    _set_own(records, spec.ports, spec.ips or ())
+    if not records.ports and not strict:
+        # CoreDNS: without ports there is no name. DNS spec 2.3.1 asks for its address all the
+        # same.
+        records.set_items(())
     return records
 
 
@@ -300,30 +359,28 @@ def _endpoint_items(
             )
 
 
-def _set_own_items(
-    records: ServiceRecords, ports: Sequence[ServicePort] | None, ips: Iterable[str], bare: bool
+def _set_own(
+    records: ServiceRecords, ports: Sequence[ServicePort] | None, ips: Iterable[str]
 ) -> None:
-    """Fill in ports, addresses and items. bare -- an address without a port is one too."""
-    records.ports = tuple(
-        (p.name.lower().encode(), p.protocol.lower().encode(), p.port) for p in ports or ()
-    )
+    """Fill in ports and addresses."""
+    records.ports = _one(tuple([_port(p.name, p.protocol, p.port) for p in ports or ()]))
     if records.headless:
-        records.items = records.endpoints
         return
-    packed_ips = []
-    for ip in ips:
-        try:
-            packed_ips.append(ipaddress.ip_address(ip).packed)
-        except ValueError:
-            continue  # not allocated yet: as if the Service were not there (reference 1.3)
-    records.addresses = tuple(packed_ips)
-    base = (records.name, records.namespace, SVC)
-    own_ports = records.ports or (((b"", b"", NO_PORT),) if bare else ())
-    records.items = tuple(
-        Item(packed, port, port_name, protocol, base, b"")
-        for port_name, protocol, port in own_ports
-        for packed in packed_ips
-    )
+    # None: not allocated yet, as if the Service were not there (reference 1.3).
+    records.addresses = tuple([packed for ip in ips if (packed := pack_address(ip)) is not None])
+
+
+# Of 10,000 Services with their ports most are alike.
+
+
+@lru_cache(maxsize=_SHARED)
+def _port(name: str, protocol: str, number: int) -> tuple[bytes, bytes, int]:
+    return name.lower().encode(), protocol.lower().encode(), number
+
+
+@lru_cache(maxsize=_SHARED)
+def _one(ports: Ports) -> Ports:
+    return ports
 
 
 def external_target(text: str) -> bytes | None:
