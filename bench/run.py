@@ -1,9 +1,11 @@
 """`make bench`: everything that is measured, beside what else the machine has for it.
 
-Names (bench/names.py): kdns, CoreDNS, NSD, Knot DNS, Unbound and a bare UDP echo in C, where
-they are on PATH; forwarding (bench/proxy.py): beside kube-proxy; the userspace mode's
-(bench/userspace.py); the gate's (bench/gate.py); the embedded API's (bench/api.py). Only ratios
-within one run carry over from machine to machine. Writes bench/RESULTS.md, bench/results.json and
+Names (bench/names.py): kdns, CoreDNS, NSD, Knot DNS, Unbound and a bare UDP echo in C, where they
+are on PATH; several processes that answer (bench/workers.py); 10,000 Services under change
+(bench/scale.py): beside CoreDNS; forwarding (bench/proxy.py): beside kube-proxy; the userspace
+mode's (bench/userspace.py); the gate's (bench/gate.py); the embedded API's (bench/api.py); single
+steps, such as reading a question, without a socket (bench/micro.py). Only ratios within one run
+carry over from machine to machine. Writes bench/RESULTS.md, bench/results.json and
 bench/results.svg; what was not run keeps what stood there.
 """
 
@@ -24,9 +26,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))  # a script's own folder is there, not the one above it
 
-from bench import api, gate, names, proxy, userspace  # noqa: E402
+from bench import api, gate, micro, names, proxy, scale, userspace, workers  # noqa: E402
 
-PARTS = ("names", "forwarding", "nftables", "userspace", "api", "gate")
+PARTS = ("names", "workers", "scale", "forwarding", "nftables", "userspace", "api", "gate", "micro")
 
 
 def main() -> None:
@@ -36,12 +38,22 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, help="run one part")
     parser.add_argument(
         "--compare", metavar="BASE", default="",
-        help="names: print the change since results.json of this commit or file; write nothing",
+        help="names and micro: print the change since results.json of this commit or file; write"
+        " nothing",
     )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="forwarding: one round, no 10,000")
+    parser.add_argument(
+        "--quick", action="store_true", help="forwarding: one round, no 10,000; micro: fewer calls"
+    )
     args = parser.parse_args()
+    if args.compare:
+        compare(args)
+        return
     if args.only in (None, "names"):
         run_names(args)
+    if args.only in (None, "workers"):
+        run_workers(args)
+    if args.only in (None, "scale"):
+        run_scale(args)
     if args.only in (None, "forwarding"):
         run_forwarding(args)
     if args.only == "nftables":  # of the forwarding part what is in that mode
@@ -52,6 +64,28 @@ def main() -> None:
         run_api()
     if args.only in (None, "gate"):
         run_gate()
+    if args.only in (None, "micro"):
+        run_micro(args.quick)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print what changed since an earlier run: names, and quickly the single steps."""
+    base = json.loads(committed(args.compare))
+    if args.only in (None, "names"):
+        print("\n".join(names.compare(base, names.measure(args.seconds, args.rounds))))
+    if args.only in (None, "names", "micro"):
+        print("\n".join(micro.compare(base, micro.measure(quick=True))))
+
+
+def run_workers(args: argparse.Namespace) -> None:
+    why_not = workers.missing()
+    if why_not:
+        print(f"bench: the part on workers is left out: it {why_not}", flush=True)
+        return
+    results = workers.measure(args.seconds, args.rounds)
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    results.machine, results.command = machine(), command_line()
+    write_part(workers.section(results, now), workers.values(results, now))
 
 
 def run_userspace() -> None:
@@ -81,6 +115,13 @@ def run_gate() -> None:
     write_part(gate.section(figures), gate.values(figures))
 
 
+def run_micro(quick: bool) -> None:
+    figures = micro.measure(quick)
+    figures.when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    figures.machine, figures.command = machine(), command_line()
+    write_part(micro.section(figures), micro.values(figures))
+
+
 def run_forwarding(args: argparse.Namespace, only: str = "") -> None:
     why_not = proxy.missing()
     if why_not:
@@ -92,13 +133,16 @@ def run_forwarding(args: argparse.Namespace, only: str = "") -> None:
     write_part(proxy.section(figures, title), {only or "forwarding": asdict(figures)})
 
 
+def run_scale(args: argparse.Namespace) -> None:
+    results = scale.measure(args.seconds, args.rounds)
+    results.when = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    results.machine, results.command = machine(), command_line()
+    write_part(scale.section(results), scale.values(results))
+
+
 def run_names(args: argparse.Namespace) -> None:
     results = names.measure(args.seconds, args.rounds)
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    if args.compare:
-        base = json.loads(committed(args.compare))
-        print("\n".join(names.compare(base, results)))
-        return
     write_part(
         names.section(results, now, machine(), command_line()),
         names.values(results, now, cpu_model()),

@@ -140,9 +140,14 @@ def needs() -> None:
 
 
 def free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Return a port of loopback that neither UDP nor TCP has in use."""
+    while True:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, socket.socket() as stream:
+            sock.bind(("127.0.0.1", 0))
+            port = int(sock.getsockname()[1])
+            with contextlib.suppress(OSError):
+                stream.bind(("127.0.0.1", port))
+                return port
 
 
 @contextlib.contextmanager
@@ -203,7 +208,7 @@ def wait_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 def cpu_seconds(pid: int) -> float:
     """Return user+system seconds of a process and its children that are there."""
     spent = 0.0
-    for one in (pid, *_children(pid)):
+    for one in (pid, *children(pid)):
         with contextlib.suppress(OSError):
             fields = Path(f"/proc/{one}/stat").read_text().rsplit(")", 1)[1].split()
             spent += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -213,14 +218,15 @@ def cpu_seconds(pid: int) -> float:
 def memory(pid: int) -> float:
     """Return the resident megabytes of a process and its children that are there."""
     total = 0.0
-    for one in (pid, *_children(pid)):
+    for one in (pid, *children(pid)):
         with contextlib.suppress(OSError):
             found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{one}/status").read_text())
             total += int(found[1]) / 1024 if found else 0.0
     return total
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
+    """Return the processes that a process has started, and theirs."""
     parents: dict[int, list[int]] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -254,6 +260,11 @@ def dnsperf(port: int, load: Load, seconds: float, rate: int | None = None) -> R
     out = subprocess.run(
         command, capture_output=True, text=True, timeout=seconds + 60, check=False
     ).stdout
+    return read_dnsperf(out)
+
+
+def read_dnsperf(out: str) -> Ran:
+    """Return what dnsperf printed."""
     found = re.search(r"Queries per second:\s+([\d.]+)", out)
     answered = re.search(r"Queries completed:\s+(\d+)", out)
     lost = re.search(r"Queries lost:\s+(\d+)", out)

@@ -251,7 +251,7 @@ class App:
     ) -> dict[Place, Listener]:
         assert self._upstreams is not None
         for pipeline, feed in feeds:
-            pipeline.subscribe(feed.publish)
+            await pipeline.join(feed.publish)
         for plugin in site.plugins():
             if plugin.word == "kubernetes":
                 pipeline = self.pipelines[plugin.source][0]  # type: ignore[attr-defined]

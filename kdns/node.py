@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -46,7 +47,7 @@ from kdns.proxy.flags import Parsed, settle
 from kdns.registry.spec import KubeSpec, ManifestSpec
 from kdns.runtime import collect_rarely, raise_file_limit, take_turns_often
 from kdns.server.http import HttpServer
-from kdns.site import places_of
+from kdns.site import build_site, places_of, read_corefile
 from kdns.source.follow import follow
 
 log = logging.getLogger("kdns.node")
@@ -166,6 +167,8 @@ class Node:
         """Serve and forward until stop(). Raises KdnsError if DNS cannot start, or if all of it
         must be started anew."""
         self._warn()
+        if self.wishes.conf:
+            check_corefile(self.wishes.conf)  # a mistake there changes nothing on the node
         kernel: list[asyncio.Task[None]] = []
         dns: asyncio.Task[None] | None = None
         try:
@@ -174,7 +177,8 @@ class Node:
             dns = asyncio.create_task(self.app.run(self._listening.set), name="dns")
             await self._open_control()
             await _first_of(self.app.wired, self._stop, dns)
-            kernel.append(asyncio.create_task(self._forward(), name="forwarding"))
+            if self.app.wired.is_set():
+                kernel.append(asyncio.create_task(self._forward(), name="forwarding"))
             await _first_of(self._listening, self._stop, dns)
             if self._listening.is_set():
                 self._listened = time.monotonic()
@@ -438,6 +442,12 @@ async def _first_of(*ends: asyncio.Event | asyncio.Task[None]) -> None:
 
 
 # --- the command line -----------------------------------------------------------------------
+
+
+def check_corefile(path: str) -> None:
+    """Raise ConfigError for all that is wrong with a Corefile."""
+    corefile, problems = read_corefile(path, None, dnspath.PORT, os.environ)
+    build_site(corefile, problems, Metrics())
 
 
 def read_config(parsed: Parsed) -> ProxyConfig:

@@ -98,8 +98,8 @@ class WorkerApp(App):
         # The parent has said what is to be said of it. Registries go by their order.
         specs = site.registries()
         if len(specs) != len(self._order.registries):
-            raise ConfigError([Problem(corefile.files[0] if corefile.files else "", 0,
-                                       "it is not the Corefile that the parent has read")])  # fmt: skip
+            file = corefile.files[0] if corefile.files else ""
+            raise ConfigError([Problem(file, 0, "it is not what the parent has read")])
         self._numbers = dict(zip(specs, self._order.registries, strict=True))
         return site
 
@@ -170,7 +170,7 @@ class Desk:
         serving = asyncio.create_task(app.run(started.set))
         await self._until_end(_first(serving, started))
         if serving.done():
-            self._send_last(Taken(order.number, _why(serving.exception())))
+            self._link.send(frame_of(Taken(order.number, _why(serving.exception()))))
             return
         self._watch(self._watched)
         try:
@@ -192,9 +192,6 @@ class Desk:
             return task.result()
         task.cancel()
         return None
-
-    def _send_last(self, message: Taken) -> None:
-        self._link.send(frame_of(message))
 
     # --- registries -------------------------------------------------------------------------
 

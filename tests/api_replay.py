@@ -15,11 +15,13 @@ import asyncio
 import json
 import pathlib
 import sys
+from bisect import bisect_right
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
 from kdns.registry.selectors import Selector, parse_selector
@@ -42,6 +44,7 @@ RESOURCES: dict[str, tuple[str, str, str]] = {
     ),
 }
 RESOURCE_OF = {kind: resource for resource, (_, _, kind) in RESOURCES.items()}
+WRITE = 64 << 10  # octets of a watch written at one go, where no fault counts its events
 END_OF_INITIAL = {"k8s.io/initial-events-end": "true"}
 
 
@@ -268,7 +271,7 @@ class ApiReplay:
             self._lists[token] = (version, items[limit:])
             meta["continue"] = token
         _, api_version, kind = RESOURCES[resource]
-        return web.json_response(
+        body = msgspec.json.encode(
             {
                 "kind": f"{kind}List",
                 "apiVersion": api_version,
@@ -277,6 +280,7 @@ class ApiReplay:
                           for o in items[:limit]],
             }
         )  # fmt: skip
+        return web.Response(body=body, content_type="application/json")
 
     async def _watch(
         self, request: web.Request, resource: str, wanted: _Wanted, params: Json, fault: Fault
@@ -316,11 +320,11 @@ class ApiReplay:
             if position < self.oldest:
                 yield _lost(position, self.oldest)
                 return
-            for version, event, obj in self._history[resource]:
-                if version > position:
-                    position = version
-                    if wanted.has(obj):
-                        yield {"type": event, "object": obj}
+            history = self._history[resource]
+            for version, event, obj in history[bisect_right(history, position, key=_version_of) :]:
+                position = version
+                if wanted.has(obj):
+                    yield {"type": event, "object": obj}
             yield None
 
     async def _stream(
@@ -356,8 +360,17 @@ class ApiReplay:
                 return
             if event is not None:
                 sent += 1
-                await response.write(_line(event))
-                continue
+                held = _line(event)
+                while fault == Fault() and len(held) < WRITE:
+                    event = next(stream, _END)
+                    if event is None or event is _END:
+                        break
+                    held += _line(event)
+                await response.write(held)
+                if event is _END:
+                    return
+                if event is not None:
+                    continue
             async with self._changed:
                 try:
                     async with asyncio.timeout(max(0.001, min(ends, bookmark) - loop.time())):
@@ -413,12 +426,16 @@ class _Wanted:
         return True
 
 
+def _version_of(entry: tuple[int, str, Json]) -> int:
+    return entry[0]
+
+
 def _key(obj: Json) -> tuple[str, str]:
     return obj["metadata"].get("namespace", ""), obj["metadata"]["name"]
 
 
 def _line(event: Json) -> bytes:
-    return json.dumps(event).encode() + b"\n"
+    return msgspec.json.encode(event) + b"\n"
 
 
 def _status(code: int, reason: str, message: str) -> Json:
@@ -448,6 +465,24 @@ async def _version(request: web.Request) -> web.Response:
 def golden() -> list[Json]:
     """Return the objects of the recorded cluster."""
     return list(json.loads(GOLDEN.read_text())["items"])
+
+
+def many_pods(count: int) -> Iterator[Json]:
+    """Yield `count` Pods, five hundred a namespace, with the addresses of the first endpoints of
+    many_services()."""
+    for n in range(count):
+        namespace, ip = f"bench-{n // 500}", f"10.{244 + (n >> 16)}.{n >> 8 & 255}.{n & 255}"
+        yield {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {
+                "name": f"svc-{n // 5}-{n % 5}-abcde",
+                "namespace": namespace,
+                "labels": {"app": f"svc-{n // 5}", "pod-template-hash": "5d8f7c6b9"},
+            },
+            "spec": {"nodeName": f"node-{n % 500}", "containers": [{"name": "web"}]},
+            "status": {"phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}]},
+        }
 
 
 def many_services(count: int, endpoints: int = 2) -> Iterator[Json]:

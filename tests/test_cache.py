@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from support import FakeClock, a, build, cname, directives, errors_of, make_setup, question
 
 from kdns.dns import types as t
-from kdns.dns.message import AA, AD, CD, FOREVER, RA, RR, TC, Edns, Query, Reply, failure
+from kdns.dns.message import AA, AD, CD, FOREVER, RA, RR, TC, Edns, Lease, Query, Reply, failure
 from kdns.dns.name import name_of, parse_name
 from kdns.plugins import cache as cache_module
 from kdns.plugins.cache import Cache, Store
 from kdns.plugins.chain import Chain, Pending, Result
-from kdns.plugins.plugin import DROP, Forward, Outcome, Plugin
+from kdns.plugins.plugin import DROP, Ask, Forward, Outcome, Plugin
 from kdns.plugins.setup import Setup
 
 NAME = "www.example.org."
@@ -391,6 +391,70 @@ def test_a_hit_may_be_repeated_while_its_ttl_is_true(text: str, age: float, keep
     assert first.keep == 0.0, "the miss must not stand in for later hits"
     world.clock.now += age
     assert world.ask().keep == pytest.approx(keep)
+
+
+def hit(world: World) -> Lease:
+    """Fill the cache and return what lets the answer be repeated."""
+    world.ask()
+    lease = world.ask().lease
+    assert lease is not None and lease.shown(world.clock.now) == 300
+    return lease
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("cache", {0.0: 300, 0.9: 300, 1.0: 299, 299.9: 1, 300.0: None}),
+        ("cache {\n keepttl\n}", {0.0: 300, 299.9: 300, 300.0: None}),
+        ("cache {\n prefetch 5 1m 10%\n}", {269.9: 31, 270.0: None}),
+        ("cache {\n serve_stale\n}", {299.9: 1, 300.0: None}),
+    ],
+)
+def test_the_ttl_a_repeat_shows(text: str, shown: dict[float, int | None]) -> None:
+    lease = hit(World(text))
+    assert {age: lease.shown(1000.0 + age) for age in shown} == shown
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        lambda world: world.cache._success.remove((parse_name(NAME), t.A, t.IN, 0)),
+        lambda world: world.cache.invalidate(None),
+        # Answers that two questions under way brought, which differ in what is no part of a key.
+        lambda world: world.cache.on_reply(question(NAME), positive(77)),
+        lambda world: world.cache.on_reply(question(NAME), nxdomain()),
+        lambda world: world.cache.on_reply(question(NAME), Reply(t.SERVFAIL, served_by="forward")),
+    ],
+    ids=["evicted", "its zone changed", "answered anew", "denied", "failed"],
+)
+def test_what_is_no_more_the_cached_answer_is_not_repeated(event: Callable[[World], Any]) -> None:
+    reply = positive()
+    reply.deps = ("node",)
+    world = World(below=reply)
+    lease = hit(world)
+    event(world)
+    assert lease.shown(world.clock.now) is None
+
+
+def test_what_of_two_answers_is_the_better_is_looked_at_each_time() -> None:
+    world = World("cache {\n serve_stale 1h\n serve_stale_policy prefer_positive\n}")
+    world.ask()
+    assert world.ask().lease is None
+
+
+def test_an_answer_made_of_a_cached_one_lasts_no_longer_than_this_second() -> None:
+    """Other answers may be part of it, too: `autopath` has seen that the names before do not
+    exist."""
+
+    class Asks(Plugin):
+        def on_query(self, query: Query) -> Outcome:
+            return Ask(query.asking(), lambda reply: reply, below=True)
+
+    world = World()
+    hit(world)
+    reply = Chain([Asks(), *world.chain.plugins]).run(question(NAME))
+    assert isinstance(reply, Reply)
+    assert (reply.keep, reply.lease, reply.folds) == (1.0, None, None)
 
 
 def test_repeats_are_counted_as_hits() -> None:

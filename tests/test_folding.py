@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from objects import endpoint, external, kubernetes, service, slice_of
 
 from kdns.dns import types as t
-from kdns.dns.message import Edns, Query, Reply, parse_query, render_query, render_reply
+from kdns.dns.message import RR, Edns, Query, Reply, parse_query, render_query, render_reply
 from kdns.dns.name import parse_name
 from kdns.plugins.kubernetes import Kubernetes
-from kdns.server.folding import Template, fold, template_of
+from kdns.server.folding import Template, exact, fold, places_of_ttls, template_of
 
 SVC = "default.svc.cluster.local."
 
@@ -120,3 +120,40 @@ def test_a_template_is_as_long_as_its_answer() -> None:
     template = Template(b"0123456789", [(0, slice(0, 2), 2), (4, slice(2, 5), 3)])
     assert template.size == len(template.fill(b"abcde")) == 10
     assert template.fill(b"abcde") == b"ab23cde789"
+
+
+# --- TTLs that count down ----------------------------------------------------------------------
+
+MANY = [RR(parse_name("www.example.org."), t.A, 30, bytes((192, 0, 2, n))) for n in range(90)]
+NS = RR(parse_name("example.org."), t.NS, 30, parse_name("ns.example.org."))
+AGED: dict[str, tuple[Reply, Edns | None]] = {
+    "whole": (Reply(answer=MANY[:2], authority=[NS]), None),
+    "with OPT, which has no TTL": (Reply(answer=MANY[:1]), Edns(1232, True)),
+    "compressed": (Reply(answer=MANY, authority=[NS]), Edns(4096)),
+    "cut": (Reply(answer=MANY), None),
+    "of no record": (Reply(t.NXDOMAIN), None),
+}
+
+
+@pytest.mark.parametrize("case", AGED)
+def test_all_ttls_of_an_answer_change_and_nothing_else(case: str) -> None:
+    reply, edns = AGED[case]
+    asked = render_query(7, parse_name("www.example.org."), t.A, edns=edns)
+    query = parse_query(asked, ("127.0.0.1", 5), "udp", 0.0)
+    wire = render_reply(query, reply)
+    places = places_of_ttls(wire, 30)
+    assert places is not None
+    template = exact(wire, places)
+    template.age(30)
+    assert template.fill(asked) == wire
+    for ttl in (29, 1, 30):
+        template.age(ttl)
+        for section in (reply.answer, reply.authority):
+            section[:] = [rr.with_ttl(ttl) for rr in section]
+        assert template.fill(asked) == render_reply(query, reply)
+
+
+def test_an_answer_of_several_ttls_is_none_that_counts_down() -> None:
+    query = parse_query(render_query(7, NS.name, t.A), ("127.0.0.1", 5), "udp", 0.0)
+    wire = render_reply(query, Reply(answer=[NS], authority=[NS.with_ttl(29)]))
+    assert places_of_ttls(wire, 30) is None

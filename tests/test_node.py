@@ -1,8 +1,9 @@
 """`kdns node` as Pods and operators see it: a process on a node, real packets, a real kernel.
 
-Each test has a node of its own in a cluster of network namespaces. What forwarding does is
-test_proxy_traffic.py's, what DNS answers test_kubernetes.py's and others'; here it is about the
-two together: the addresses, the way to them, the start and the end.
+Each test has a run of its own, on a node in a cluster of network namespaces; what can be seen of
+one that runs on is test_node_well.py's. What forwarding does is test_proxy_traffic.py's, what DNS
+answers test_kubernetes.py's and others'; here it is about the two together: the way to DNS, the
+start and the end.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,7 +46,6 @@ WEB = (
     slice_of("web", endpoint(pod(10)), ports=(("http", 8080, "TCP"),)),
 )
 WEB_NAME, WEB_IP = "web.default.svc.cluster.local.", "10.96.0.80"
-MODES = ("iptables", "nftables", "userspace")
 
 
 @pytest.fixture(scope="module")
@@ -70,57 +69,12 @@ def site(cluster: NetCluster, tmp_path: Path) -> Iterator[NodeSite]:
 # --- the way to DNS -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_pods_and_the_node_reach_its_dns_server_past_the_services_rules_untracked(
-    site: NodeSite, mode: str
-) -> None:
-    """The Service has rules for the very address, and they lead to nobody: this server
-    answers all the same, and conntrack hears of nothing."""
-    site.corefile(bind=ADDRESSES)
-    site.start(f"--proxy-mode={mode}", *BOTH_FAMILIES)
-    for where in ("client", "node"):
-        for server in ADDRESSES:
-            for tcp in (False, True):
-                found = site.ask(where, server, WEB_NAME, tcp=tcp)
-                assert found == WEB_IP, f"{where} asks {server}, tcp={tcp}"
-    assert site.flows() == []
-    # Forwarding is there, too: the name leads somewhere.
-    assert {r.who for r in site.cluster.ask("client", WEB_IP, 80)} == {"pod-a"}
-
-
 def test_without_those_rules_it_is_the_service_that_answers(site: NodeSite) -> None:
     """What the test above would see if NOTRACK did nothing."""
     site.corefile(bind=(LOCAL[4],))
     site.start("--cluster-dns=")
     assert site.ask("client", VIP[4], WEB_NAME, seconds=0.5) != WEB_IP
     assert site.flows(VIP[4]) != []
-
-
-def test_two_questions_at_once_from_one_socket_do_not_race(site: NodeSite) -> None:
-    """As libc asks for A and AAAA: tracked, now and then one of the two was dropped."""
-    site.start()
-    answered = site.cluster.call("client", ask_in_pairs, VIP[4], 300)
-    assert answered == 600
-    assert site.flows() == []
-    failed = re.findall(r"insert_failed=(\d+)", site.cluster.run("node", "conntrack", "-S"))
-    assert set(failed) == {"0"}
-
-
-def ask_in_pairs(server: str, times: int) -> int:
-    """Send A and AAAA at once from one socket, many times; return how many were answered."""
-    import dns.message
-
-    answered = 0
-    for _ in range(times):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
-            one.settimeout(5)
-            one.connect((server, 53))
-            queries = [dns.message.make_query(WEB_NAME, kind) for kind in ("A", "AAAA")]
-            for query in queries:
-                one.send(query.to_wire())
-            ids = {dns.message.from_wire(one.recv(4096)).id for _ in queries}
-            answered += len(ids & {query.id for query in queries})
-    return answered
 
 
 def test_a_firewall_that_knows_only_connections_lets_dns_pass(site: NodeSite) -> None:
@@ -141,34 +95,6 @@ def test_a_firewall_that_knows_only_connections_lets_dns_pass(site: NodeSite) ->
 
 
 # --- it stays so ----------------------------------------------------------------------------
-
-HARM = {
-    "the table emptied": ("iptables -t raw -F", "nft delete table inet kdns-dns"),
-    "the jump gone": ("iptables -t raw -D PREROUTING 1", "nft flush chain inet kdns-dns output"),
-    "all of it gone": ("nft flush ruleset", "nft flush ruleset"),
-}
-
-
-@pytest.mark.parametrize("harm", HARM)
-@pytest.mark.parametrize("mode", ["iptables", "nftables"])
-def test_rules_that_somebody_removed_come_back(site: NodeSite, mode: str, harm: str) -> None:
-    site.start(f"--proxy-mode={mode}")
-    before = site.rules()
-    assert before
-    site.cluster.run("node", "sh", "-c", HARM[harm][mode == "nftables"])
-    assert site.rules() != before
-    site.until_said("somebody changed the rules of the DNS path; written again")
-    until("the rules of before", lambda: site.rules() == before, SETTLE)
-    assert site.ask("client", VIP[4], WEB_NAME) == WEB_IP
-
-
-def test_addresses_that_somebody_removed_come_back(site: NodeSite) -> None:
-    site.start(*BOTH_FAMILIES)
-    for address in ADDRESSES:
-        device = site.health()[1]["path"]["interface"]
-        site.cluster.run("node", "ip", "addr", "del", address, "dev", device)
-    until("the addresses", lambda: site.addresses() == set(ADDRESSES), SETTLE)
-    assert site.ask("client", VIP[4], WEB_NAME) == WEB_IP
 
 
 @pytest.mark.parametrize("mode", ["iptables", "nftables"])
@@ -559,6 +485,8 @@ def test_a_wrong_corefile_is_told_of_and_nothing_stays(site: NodeSite) -> None:
     assert done.returncode == 2
     assert f"{path}:3: " in done.stderr
     assert (site.rules(), site.addresses()) == ("", set())
+    assert "the addresses of this node's DNS server" not in done.stdout  # nor for a moment
+    assert "proxy:" not in done.stdout  # no sysctl, no port, no rule
 
 
 def test_in_the_ipvs_mode_the_clusters_address_stays_with_the_service(site: NodeSite) -> None:

@@ -16,6 +16,7 @@ from kdns.dns import types as t
 from kdns.dns.message import (
     FOREVER,
     Edns,
+    Lease,
     Query,
     Reply,
     parse_message,
@@ -35,6 +36,9 @@ ASKED = render_query(7, parse_name("x."), t.A)
 KEY = ASKED[2:]
 QUERY = parse_query(ASKED, ("127.0.0.1", 5), "udp", 0.0)
 ANSWER = ASKED[:2] + b"answer"
+
+
+LEASE = Lease(100.0, 30)
 
 
 def kept(reply: Reply, now: float = 0.0) -> PacketCache:
@@ -64,6 +68,21 @@ def test_an_answer_with_a_time_is_not_sent_after_it() -> None:
     assert found(cache, 104.9) == ANSWER
     assert found(cache, 105.0) is None
     assert len(cache) == 0
+
+
+def test_an_order_whose_ttl_stands_still_is_not_kept_among_those_that_count_down() -> None:
+    """It was made as the second turned: the lease shows one TTL, the answer another."""
+    addresses = [a("x.", f"192.0.2.{n}", 30) for n in (1, 2)]
+    cache = PacketCache()
+    for shown, now in ((30, 100.0), (30, 100.1), (30, 101.0)):
+        reply = Reply(answer=[rr.with_ttl(shown) for rr in addresses], keep=0.5)
+        reply.shuffled, reply.lease = True, LEASE
+        cache.keep(ASKED, QUERY, render_reply(QUERY, reply), reply, now)
+    entry = cache.find_spelt(ASKED)
+    assert entry is not None
+    answers = [cache.repeat(entry, ASKED, 101.1) for _ in range(2)]
+    assert {rr.ttl for wire in answers if wire for rr in parse_message(wire).answer} == {30}
+    assert cache.repeat(entry, ASKED, 101.6) is None, "as it is for half a second and no longer"
 
 
 def test_repeats_are_counted_in_the_metrics_of_the_first() -> None:

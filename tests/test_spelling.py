@@ -640,6 +640,11 @@ def test_what_becomes_of_a_packet_is_the_same_in_both_but_where_they_differ_by_d
             case "untouched", "reject":
                 # Any port of a ClusterIP is refused; and so is the node itself.
                 assert address in cluster_ips or not interface
+            case "reject" | "drop", "untouched":
+                # iptables refuses a node port without endpoints, or without one here, on every
+                # address of the node.
+                assert options.node_port_addresses is not None
+                assert address not in options.node_port_addresses
             case "untouched" | "reject", "drop":
                 assert address in ranged
             case "forward", "forward":

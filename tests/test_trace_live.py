@@ -84,7 +84,10 @@ def test_a_running_kdns_is_found_and_asked(up: Up) -> None:
     assert owner["resource_version"].isdecimal()
     assert owner["age_seconds"] >= 0
     assert [one["pod"] for one in found["endpoints"]] == ["default/web-1"]
-    assert found["findings"] == []
+    # It has no proxy: what is computed is what one would do.
+    assert [(one["id"], one["stops"]) for one in found["findings"]] == [("nothing-forwards", False)]
+    assert found["end"]["text"].startswith("would arrive at 10.244.")
+    assert "--proxy-mode iptables" in found["findings"][0]["advice"]
 
 
 def test_the_api_is_enough(up: Up) -> None:

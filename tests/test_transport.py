@@ -143,7 +143,8 @@ async def test_edns_is_answered_as_asked(corefile: str) -> None:
         reply = await kdns.ask("web.default.svc.cluster.local.", edns=edns)
         assert reply.edns is not None
         assert (reply.edns.size, reply.edns.do, reply.edns.version) == (1400, True, 0)
-        assert list(reply.edns.options) == [cookie, (3, b"")], "unknown ones are not echoed"
+        why = (15, b"\0\0Service default/web has no endpoints")  # RFC 8914
+        assert list(reply.edns.options) == [cookie, (3, b""), why], "unknown ones are not echoed"
         reply = await kdns.ask("web.default.svc.cluster.local.", edns=Edns(1400, version=1))
         assert reply.rcode == t.BADVERS
         assert not reply.flags & AA

@@ -287,6 +287,9 @@ class Reply:
                     at their end, which is as typed. The second None: all names of records are
                     fixed. So it may be said again for other spellings (server/folding.py).
                     None where nobody vouches for that
+    below        -- where in the question's name one begins at and below which there is nothing:
+                    all who ask for a name there get this answer, but for the name (RFC 8020).
+                    None where nobody vouches for that
     served_by    -- name of the plugin that made it
     upstream     -- whom it was forwarded to: "10.0.0.9:53"; empty for a cached answer
     stored       -- monotonic seconds since when a cache has held it, or None
@@ -297,6 +300,7 @@ class Reply:
         "additional",
         "answer",
         "authority",
+        "below",
         "deps",
         "ede",
         "edns",
@@ -343,6 +347,7 @@ class Reply:
         self.tally: list[tuple[Cell, float | None]] | None = None
         self.on_repeat: list[Callable[[tuple[str, int], int, float], None]] | None = None
         self.folds: tuple[bytes, int | None] | None = None
+        self.below: int | None = None
         self.lease: Lease | None = None
         self.shuffled = False
         self.served_by = served_by

@@ -471,9 +471,10 @@ def of_kdns(where: Where, control: str) -> Evidence:
     cidr = where.cluster_cidr
     if cidr is None and isinstance(status.get("cluster_cidr"), str):
         cidr = status["cluster_cidr"]
-    kernel, why = (None, "kdns forwards nothing there: its mode is none") if not mode else (
-        asyncio.run(_kernel(where, int(status.get("pid") or 0)))
-    )  # fmt: skip
+    kernel, why = None, "kdns forwards nothing there: its mode is none"
+    if mode or status.get("command") == "serve":  # beside it, another proxy may forward
+        kernel, reason = asyncio.run(_kernel(where, int(status.get("pid") or 0)))
+        why = reason if mode else why
     asked: Sequence[object] = status.get("dns") or ()
     if asked and not where.server and not _same_namespace(int(status.get("pid") or 0)):
         broken.append("kdns answers DNS in another network namespace: it is not asked")

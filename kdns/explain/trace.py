@@ -46,5 +46,7 @@ def end_of(made: Trace) -> End:
         return End("stopped", stop.text, stop.id, stop.advice)
     chances = tuple((str(one), one.chance) for one in made.endpoints if one.chance)
     places = some([place for place, _ in chances])
-    one_of = "arrives at" if len(chances) == 1 else f"arrives at one of {len(chances)}:"
+    would = any(one.id == "nothing-forwards" for one in made.findings)
+    arrives = "would arrive" if would else "arrives"
+    one_of = f"{arrives} at" if len(chances) == 1 else f"{arrives} at one of {len(chances)}:"
     return End("endpoint", f"{one_of} {places}", endpoints=chances)

@@ -74,6 +74,7 @@ FINDINGS: Final[Mapping[str, tuple[Stage, str]]] = {
     "rules-missing": ("rules", "the kernel has no rule for this"),
     "rules-differ": ("rules", "the kernel leads elsewhere than the registry says"),
     "dropped-by-other-rule": ("rules", "a rule that is not the proxy's drops or refuses it"),
+    "nothing-forwards": ("rules", "the kdns that runs writes no rules: its mode is none"),
     "nobody-listens": ("rules", "the node has the address itself, and no program listens there"),
     "hairpin": ("rules", "the client is one of the endpoints"),
     "stale-flow": ("rules", "conntrack leads flows to an endpoint that is gone"),

@@ -361,6 +361,7 @@ class PacketWay(Sight):
         )
         if claims[0][0] is not forwarding or self._stays(node, address, number):
             return
+        self._say_who_forwards()
         self._why_stopped(service, port, node, forwarding, frontend, decision.verdict)
         met = trace.kernel or trace.rules
         self._hold_kernel(trace.rules, trace.kernel)
@@ -370,6 +371,22 @@ class PacketWay(Sight):
             chosen = [one for one in trace.endpoints if one.chance]
             self._warn(service, chosen)
             trace.found(check_declared(self.evidence, chosen, port.protocol))
+
+    def _say_who_forwards(self) -> None:
+        """Say that nobody does, as far as the running kdns can tell."""
+        status = self.evidence.status or {}
+        if status.get("mode") == "none" and self.evidence.kernel is None:
+            self.trace.found(
+                Finding(
+                    "nothing-forwards",
+                    f"kdns {status.get('command', '')} writes no rules (its mode is none): nobody"
+                    " forwards to ClusterIPs, unless another proxy does",
+                    "start it as root with --proxy-mode iptables"
+                    if status.get("command") == "up"
+                    else "run `kdns proxy` or kube-proxy on the node",
+                    stops=False,
+                )
+            )
 
     def _stays(self, node: Node, address: str, port: int) -> bool:
         """Tell of a packet that no rule leads on, because the node has the address itself; False

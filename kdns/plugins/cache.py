@@ -13,8 +13,6 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from enum import Enum, auto
 from typing import TypeAlias
 
-from cachetools import RRCache
-
 from kdns.corefile import Directive, Option, Token, nearest
 from kdns.dns import ede
 from kdns.dns import types as t
@@ -75,13 +73,14 @@ class Item:
     hits, seen  -- how often in a row it was asked for, and when last (prefetch)
     retry_at    -- no refresh is begun before
     why -- finds out why this is the answer, for those who want to know, or None
+    size  -- octets of memory it takes up, estimated; place: where its key stands in a Store
     lease -- what lets the packet cache repeat it, once somebody has asked
     answering   -- it answers its question; last_good: the one before that did, if this does not
     """
 
     __slots__ = (
         "_shown", "_shown_ttl", "answering", "deps", "flags", "hits", "last_good", "lease",
-        "rcode", "retry_at", "sections", "seen", "size", "stored", "ttl", "why",
+        "place", "rcode", "retry_at", "sections", "seen", "size", "stored", "ttl", "why",
     )  # fmt: skip
 
     def __init__(self, reply: Reply, ttl: int, now: float) -> None:
@@ -101,6 +100,7 @@ class Item:
         self.seen = now
         self.retry_at = 0.0
         self.lease: Lease | None = None
+        self.place = 0
         self.answering = False
         self.last_good: Item | None = None
         self.size = ENTRY_OVERHEAD + (WHY_OVERHEAD if self.why is not None else 0)
@@ -151,33 +151,47 @@ class Store:
 
     Each item takes up its own size, but at least an equal share of the whole: so neither
     more items than `capacity` nor more octets than that many shares fit in.
+
+    (cachetools.RRCache does the same in four times the time: it was a tenth of a miss.)
     """
 
     def __init__(self, capacity: int, rng: random.Random, entries: Cell, evictions: Cell) -> None:
         capacity = max(capacity // SHARDS, 4) * SHARDS
-        self.items: RRCache[Key, Item] = RRCache(
-            capacity * OCTETS_PER_ENTRY, rng.choice, lambda i: max(i.size, OCTETS_PER_ENTRY)
-        )
+        self.items: dict[Key, Item] = {}
+        self._keys: list[Key] = []  # in no order, to choose a victim from
+        self._octets = 0
+        self._limit = capacity * OCTETS_PER_ENTRY
+        self._rng = rng
         self._by_dep: dict[Hashable, set[Key]] = {}
         self._entries = entries
         self._evictions = evictions
 
     def add(self, key: Key, item: Item) -> None:
         self.remove(key)
-        items = self.items
-        while items and items.currsize + items.getsizeof(item) > items.maxsize:
-            victim, evicted = items.popitem()
-            self._forget(victim, evicted)
+        keys = self._keys
+        cost = _cost(item)
+        while keys and self._octets + cost > self._limit:
+            self.remove(self._rng.choice(keys))
             self._evictions.add()
-        items[key] = item
+        self._octets += cost
+        item.place = len(keys)
+        keys.append(key)
+        self.items[key] = item
         for dep in item.deps:
             self._by_dep.setdefault(dep, set()).add(key)
-        self._entries.value = len(items)
+        self._entries.value = len(keys)
 
     def remove(self, key: Key) -> None:
         item = self.items.pop(key, None)
-        if item is not None:
-            self._forget(key, item)
+        if item is None:
+            return
+        keys = self._keys
+        last = keys.pop()
+        if item.place < len(keys):
+            keys[item.place] = last
+            self.items[last].place = item.place
+        self._octets -= _cost(item)
+        self._forget(key, item)
 
     def end_lease(self, key: Key) -> None:
         item = self.items.get(key)
@@ -198,6 +212,10 @@ class Store:
         for dep in list(self._by_dep) if deps is None else deps:
             for key in list(self._by_dep.get(dep, ())):
                 self.remove(key)
+
+
+def _cost(item: Item) -> int:
+    return max(item.size, OCTETS_PER_ENTRY)
 
 
 class Rules:
@@ -277,6 +295,9 @@ class Cache(Plugin):
 
     def link(self, chain: Sequence[Plugin]) -> None:
         self._explains = all(plugin.explains for plugin in chain)
+
+    def heeds(self, zone: bytes) -> bool:
+        return not self._everywhere or self.keeps(zone)
 
     def keeps(self, zone: bytes) -> bool:
         rules = self.rules

@@ -286,7 +286,10 @@ class Router:
         chain = self._only or self.route(query)
         if chain is None or chain.idle:
             return self._refuse(query, self._no_block)
-        return chain.run(query)
+        result = chain.run(query)
+        if chain is not self._only and isinstance(result, Reply):
+            result.below = None  # another block may be for names there
+        return result
 
     def _refuse(self, query: Query, why: Ede) -> Reply:
         reply = failure(t.REFUSED, ede=why if query.edns is not None and self.explains else None)

@@ -85,6 +85,9 @@ class Errors(Plugin):
         self._clock = clock
         self._consolidations = tuple(consolidations)
 
+    def heeds(self, zone: bytes) -> bool:
+        return False
+
     def on_reply(self, query: Query, reply: Reply) -> Reply:
         error = reply.error
         if error is None:

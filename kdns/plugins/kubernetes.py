@@ -81,15 +81,16 @@ class Kubernetes(Plugin):
         self.records = ClusterRecords(options)
         self._reasons = Reasons(self.records)
         self._explains = True
+        self._tells_below: frozenset[bytes] = frozenset()
         self._kept: frozenset[bytes] = frozenset()  # zones of which a `cache` keeps answers
+        self._lookups: dict[bytes, Lookup] = {
+            zone: self.records.lookup_imported
+            if zone in self._multicluster
+            else self.records.lookup
+            for zone in zones
+        }
         # The zone a name is in is the longest that holds it.
-        self._lookups: list[tuple[bytes, Lookup]] = [
-            (
-                zone,
-                self.records.lookup_imported if zone in self._multicluster else self.records.lookup,
-            )
-            for zone in sorted(self.zones, key=len, reverse=True)
-        ]
+        self._longest_first = sorted(self.zones, key=len, reverse=True)
         self._strict = options.strict
         # `namespaces` filters PTR answers, so these depend on the namespaces named.
         self._exposed = tuple((name.lower().encode(),) for name in sorted(options.namespaces))
@@ -115,6 +116,21 @@ class Kubernetes(Plugin):
         self._explains = all(plugin.explains for plugin in chain)
         self._kept = frozenset(
             zone for zone in self.zones if any(plugin.keeps(zone) for plugin in chain)
+        )
+        above = chain[: chain.index(self)]
+        self._tells_below = frozenset(
+            zone
+            for zone in self.zones
+            if self._is_uniform(zone) and not any(plugin.heeds(zone) for plugin in above)
+        )
+
+    def _is_uniform(self, zone: bytes) -> bool:
+        """True if all names of a zone are looked up in the same way."""
+        return not (
+            zone in self._multicluster
+            or self._falls[zone][1]
+            or any(zone.endswith(one) or one.endswith(zone) for one in REVERSE)
+            or any(other != zone and is_subdomain(other, zone) for other in self.zones)
         )
 
     def work(self) -> Sequence[Work]:
@@ -159,7 +175,7 @@ class Kubernetes(Plugin):
 
     def on_query(self, query: Query) -> Outcome:
         key = query.key
-        for zone_key, lookup in self._lookups:
+        for zone_key in self._longest_first:
             if not key.endswith(zone_key):
                 continue
             end = len(key) - len(zone_key)
@@ -175,7 +191,7 @@ class Kubernetes(Plugin):
         else:
             return None
         zone = query.name[end:]  # in the case it was typed
-        outcome = self._answer(query, zone, labels, lookup)
+        outcome = self._answer(query, zone, labels, self._lookups[zone_key])
         if (
             (query.edns is not None or zone_key in self._kept)
             and outcome.__class__ is Reply
@@ -253,7 +269,20 @@ class Kubernetes(Plugin):
         if found is c.EMPTY and (qtype != t.TXT or self._strict):
             return self._negative(zone, t.NOERROR, deps)
         # TXT at a name without records is NXDOMAIN in CoreDNS (#5736, reference 1.2).
-        return self._missing(query, zone, deps)
+        outcome = self._missing(query, zone, deps)
+        if found is c.MISSING and query.edns is None and outcome.__class__ is Reply:
+            # With EDNS each name may have a reason of its own.
+            outcome.below = self._below(query, zone, labels)
+        return outcome
+
+    def _below(self, query: Query, zone: bytes, labels: list[bytes]) -> int | None:
+        """Return where in the name of a question one begins at and below which is nothing."""
+        if zone.lower() not in self._tells_below:
+            return None
+        count = self.records.missing_at(labels)
+        if not count:
+            return None
+        return len(query.name) - len(zone) - sum([1 + len(label) for label in labels[-count:]])
 
     def _of_node(self, query: Query, zone: bytes, node: Node, deps: tuple[Dep, ...]) -> Reply:
         qtype = query.qtype

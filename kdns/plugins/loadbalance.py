@@ -153,6 +153,9 @@ class LoadBalance(Plugin):
         self._preferred = tuple(preferred)
         self._watches = (policy.watch(),) if isinstance(policy, Weighted) else ()
 
+    def heeds(self, zone: bytes) -> bool:
+        return bool(self._watches)  # weights are of names
+
     def on_reply(self, query: Query, reply: Reply) -> Reply:
         if len(reply.answer) < 2 and len(reply.additional) < 2 and len(reply.authority) < 2:
             return reply

@@ -214,6 +214,11 @@ class Plugin:
         """True if the plugin may keep answers for names in `zone`, to give them out again."""
         return False
 
+    def heeds(self, zone: bytes) -> bool:
+        """True if it may depend on a question's name in `zone` what the plugin does."""
+        kind = type(self)
+        return not (kind.on_query is Plugin.on_query and kind.on_reply is Plugin.on_reply)
+
     def link(self, chain: Sequence[Plugin]) -> None:
         """Called once with all plugins of the server block, in order of execution."""
 

@@ -135,6 +135,9 @@ class Prometheus(Plugin):
             ("version", "revision", "goversion"),
         ).labels(__version__, "", f"python{platform.python_version()}").set(1)
 
+    def heeds(self, zone: bytes) -> bool:
+        return self._only_zone is None
+
     def on_reply(self, query: Query, reply: Reply) -> Reply:
         row = self._row(query, reply.rcode, reply.served_by)
         asked, answered = query.size, reply_size(query, reply)

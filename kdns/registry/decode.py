@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -69,6 +69,8 @@ ADDRESS_TYPES = ("IPv4", "IPv6", "FQDN")
 _ADDRESSES_KNOWN = 1 << 14  # IPv6; each some 200 octets: addresses come again with every event
 LONGEST_IPV6 = 45  # characters; what is longer is not remembered either
 _SHARED = 1 << 10  # ports, names of nodes and the like that many objects have in common
+PART = 64 << 10  # octets of a list that are decoded at one go: one to two milliseconds
+_PART = b'{"metadata":{},"items":[%s]}'
 _JSON_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -180,6 +182,29 @@ def decode_page(kind: Kind, body: bytes) -> Page:
     if page.metadata is None:
         raise Unreachable(f"the answer to list {kind} is not a list: it has no metadata")
     return Page(objects, errors, page.metadata.resource_version, page.metadata.following or "")
+
+
+def decode_parts(kind: Kind, body: bytes) -> Iterator[Page]:
+    """As decode_page(), a long list in parts of about PART octets; the last one says where it
+    goes on. Raises Unreachable, between any of them."""
+    try:
+        page = None if len(body) < 2 * PART else _RAW_PAGE.decode(body)
+    except _JSON_ERRORS:
+        page = None
+    if page is None or page.metadata is None or not page.items:
+        yield decode_page(kind, body)
+        return
+    part: list[bytes] = []
+    size = 0
+    for raw in page.items:
+        part.append(bytes(raw))
+        size += len(part[-1])
+        if size >= PART:
+            yield decode_page(kind, _PART % b",".join(part))
+            part, size = [], 0
+    last = decode_page(kind, _PART % b",".join(part))
+    meta = page.metadata
+    yield Page(last.objects, last.errors, meta.resource_version, meta.following or "")
 
 
 def decode_event(kind: Kind, line: bytes) -> Event:

@@ -6,8 +6,8 @@ between snapshots, so making one costs what changed and not what there is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from kdns.registry.objects import (
     SOURCE_CLUSTER_LABEL,
@@ -95,6 +95,41 @@ def everything(snapshot: Snapshot) -> Changes:
         nodes=frozenset(snapshot.nodes),
         service_cidrs=frozenset(snapshot.service_cidrs),
     )
+
+
+def in_parts(snapshot: Snapshot, changes: Changes, size: int) -> Iterator[Changes]:
+    """Yield the same changes in parts of some `size` objects, sixteen endpoints for one: whoever
+    compiles what they name of `snapshot`, or of a later one, has compiled all in the end."""
+    yield replace(changes, services=frozenset(), pods=frozenset(), imports=frozenset())
+    for part in _portions(changes.services, lambda key: 16 + _endpoints(snapshot, key), 16 * size):
+        yield Changes(services=part)
+    for part in _portions(changes.imports, lambda key: 1, size):
+        yield Changes(imports=part)
+    for part in _portions(changes.pods, lambda key: 1, size):
+        yield Changes(pods=part)
+
+
+_Key = tuple[str, str]
+
+
+def _portions(
+    keys: Iterable[_Key], weight: Callable[[_Key], int], most: int
+) -> Iterator[frozenset[_Key]]:
+    part: list[_Key] = []
+    held = 0
+    for key in sorted(keys):
+        part.append(key)
+        held += weight(key)
+        if held >= most:
+            yield frozenset(part)
+            part, held = [], 0
+    if part:
+        yield frozenset(part)
+
+
+def _endpoints(snapshot: Snapshot, key: tuple[str, str]) -> int:
+    slices = snapshot.slices.get(key[0], {}).get(key[1], ())
+    return sum(len(one.endpoints or ()) for one in slices)
 
 
 def _keys(*tables: Mapping[str, Mapping[str, object]]) -> frozenset[tuple[str, str]]:

@@ -8,7 +8,7 @@ before it, so publishing costs what changed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from kdns.registry.endpoints import published
@@ -33,6 +33,10 @@ from kdns.registry.snapshot import Changes, Snapshot
 from kdns.registry.spec import KubeSpec, ManifestSpec
 
 T = TypeVar("T")
+
+# Objects looked at, and endpoints compiled, in the time that one Service takes.
+GLANCES = 32
+ENDPOINTS = 16
 
 
 class Shelf(Generic[T]):
@@ -167,12 +171,30 @@ class Store:
     ) -> None:
         """Take a full list. What is not in it is gone, apart from the keys in `keep`: those
         were listed but broken, and their last good version stays."""
-        fresh = {key_of(obj): obj for obj in objects}
-        held = self._objects.get(kind, {})
-        for key in [key for key in held if key not in fresh and key not in keep]:
-            self._remove(kind, key)
-        for key, obj in fresh.items():
+        for _ in self.replacing(kind, objects, keep):
+            pass
+
+    def replacing(
+        self, kind: Kind, objects: Iterable[Object], keep: Collection[Key] = frozenset()
+    ) -> Iterator[int]:
+        """As replace(), step by step: each yields the work that it and what is compiled from it
+        takes, by a Service's. Between any two the store may be published: it stands as if as
+        many watch events had come. Nothing else may be told of the kind until the end."""
+        fresh: dict[Key, Object] = {}
+        for at, obj in enumerate(objects, 1):
+            fresh[key_of(obj)] = obj
+            if at % GLANCES == 0:
+                yield 1
+        for at, key in enumerate(list(self._objects.get(kind, ())), 1):
+            if key not in fresh and key not in keep:
+                self._remove(kind, key)
+                yield 1
+            elif at % GLANCES == 0:
+                yield 1
+        while fresh:
+            key, obj = fresh.popitem()
             self._put(kind, key, obj)
+            yield work_of(obj)
 
     def apply(self, kind: Kind, event: str, obj: Object) -> None:
         """Take one watch event: ADDED, MODIFIED or DELETED."""
@@ -293,6 +315,13 @@ class Store:
     def _note_bump(self, old: Object | None, new: Object | None) -> None:
         self._bump = self._bump or bumps_serial(old, new)
         self._bump_imports = self._bump_imports or bumps_imports_serial(old, new)
+
+
+def work_of(obj: Object) -> int:
+    """Return what it takes to take over an object, by what a Service takes."""
+    if isinstance(obj, EndpointSlice) and obj.endpoints:
+        return 1 + len(obj.endpoints) // ENDPOINTS
+    return 1
 
 
 def same(a: Object, b: Object) -> bool:

@@ -16,7 +16,7 @@ from typing import Final, TypeAlias
 
 from kdns.dns import types as t
 from kdns.dns.message import RR, Query, Reply
-from kdns.dns.name import is_subdomain
+from kdns.dns.name import MAX_LABEL, is_subdomain
 
 HEADER: Final = 12
 RECORD: Final = 10  # octets between an owner and its rdata: type, class, TTL, size
@@ -30,6 +30,7 @@ COOKIE_HEAD: Final = b"\0\x0a\0\x08"
 WITH_COOKIE: Final = 1 + QUESTION_END + 1 + RECORD + 4 + CLIENT_COOKIE
 # A question's first octet behind the ID is under 0x80, so the keys of both kinds differ.
 MARK: Final = b"\xff"
+MARK_BELOW: Final = b"\xfe"
 # Where in the answer, which part of the query, how many octets.
 Hole: TypeAlias = tuple[int, slice, int]
 _COOKIE_HOLE: Final = slice(-CLIENT_COOKIE, None)
@@ -46,6 +47,32 @@ def fold(datagram: bytes) -> bytes:
     if len(rest) == WITH_COOKIE and rest[-12:-8] == COOKIE_HEAD:
         rest = rest[:-CLIENT_COOKIE]
     return MARK + datagram[2:HEADER] + datagram[HEADER:end].lower() + rest
+
+
+def starts_of(datagram: bytes) -> list[int]:
+    """Return where the labels of a question's name begin, and where the root does; nothing if
+    there is more in the datagram than this name, its type and class."""
+    starts: list[int] = []
+    at = HEADER
+    try:
+        while size := datagram[at]:
+            if size > MAX_LABEL:
+                return []
+            starts.append(at)
+            at += size + 1
+    except IndexError:
+        return []
+    starts.append(at)
+    return starts if at + 1 + QUESTION_END == len(datagram) else []
+
+
+def below_key(datagram: bytes, start: int) -> bytes:
+    """Return the key that all questions share whose names go on alike from octet `start` on,
+    and are of one length."""
+    return (
+        MARK_BELOW + start.to_bytes(2, "big") + datagram[2:HEADER]
+        + datagram[start:-QUESTION_END].lower() + datagram[-QUESTION_END:]
+    )  # fmt: skip
 
 
 class Template:

@@ -8,8 +8,8 @@ negotiated.
 
 from __future__ import annotations
 
-import asyncio
 import array
+import asyncio
 import contextlib
 import socket
 from collections import deque

@@ -67,8 +67,8 @@ class Deadlines:
         self._errands: dict[Errand, None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    def add(self, errand: Errand) -> None:
-        errand.due = self._loop.time() + self._seconds
+    def add(self, errand: Errand, now: float) -> None:
+        errand.due = now + self._seconds
         self._errands[errand] = None
         if self._timer is None:
             self._timer = self._loop.call_at(errand.due, self._expire)
@@ -150,7 +150,7 @@ class UdpLink:
     """One connected UDP socket: the kernel drops what does not come from the upstream, and
     picks its port from its own CSPRNG. Shared by many questions, told apart by ID."""
 
-    __slots__ = ("_peer", "_retired", "_sock", "opened", "used", "uses", "waiting")
+    __slots__ = ("_peer", "_retired", "_sock", "closed", "opened", "used", "uses", "waiting")
 
     def __init__(self, peer: Peer) -> None:
         """Open the socket. Raises OSError."""
@@ -163,15 +163,12 @@ class UdpLink:
         self._peer = peer
         self._sock = sock
         self._retired = False
+        self.closed = False
         self.opened = self.used = peer.loop.time()
         self.uses = 0
         self.waiting: dict[int, Errand] = {}
         peer.links.add(self)
         peer.loop.add_reader(sock.fileno(), self._read)
-
-    @property
-    def closed(self) -> bool:
-        return self._sock.fileno() < 0
 
     def worn(self, now: float, expire: float) -> bool:
         """True if the next question shall go out on another port."""
@@ -189,7 +186,7 @@ class UdpLink:
         errand.link = self
         errand.qid = qid
         self.waiting[qid] = errand
-        peer.deadlines.add(errand)
+        peer.deadlines.add(errand, now)
 
     def _read(self) -> None:
         receive, waiting, peer = self._sock.recv, self.waiting, self._peer
@@ -210,9 +207,10 @@ class UdpLink:
             del waiting[errand.qid]
             peer.deadlines.remove(errand)
             errand.answered(wire)
-            if self._retired and not waiting:
-                self.close()
-            if self.closed:
+            if not waiting:
+                # Nothing more is expected; should there be anything, it is read in its turn.
+                if self._retired:
+                    self.close()
                 return
 
     def expire(self, errand: Errand) -> None:
@@ -242,6 +240,7 @@ class UdpLink:
     def close(self) -> None:
         """Close at once; what waits here is forgotten, and the caller's to fail."""
         if not self.closed:
+            self.closed = True
             self._peer.loop.remove_reader(self._sock.fileno())
             self._sock.close()
             self._peer.links.discard(self)
@@ -294,7 +293,7 @@ class StreamLink(asyncio.Protocol):
         assert self._transport is not None
         errand.qid = qid = self._peer.number(self.waiting)
         self.waiting[qid] = errand
-        self._peer.deadlines.add(errand)
+        self._peer.deadlines.add(errand, self._peer.loop.time())
         size = len(errand.body) + 2
         self._transport.write(b"%b%b%b" % (size.to_bytes(2, "big"), qid.to_bytes(2, "big"),
                                            errand.body))  # fmt: skip

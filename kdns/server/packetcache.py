@@ -14,7 +14,16 @@ from typing import TypeAlias
 
 from kdns.dns.message import FOREVER, Lease, Query, Reply
 from kdns.server.datagrams import ANSWER_ROOM
-from kdns.server.folding import Template, exact, fold, places_of_ttls, template_of
+from kdns.server.folding import (
+    HEADER,
+    Template,
+    below_key,
+    exact,
+    fold,
+    places_of_ttls,
+    starts_of,
+    template_of,
+)
 
 # Bounds of one cache: it has two generations of this many entries and octets each. A typical
 # entry is under 600 octets in memory, so both stay under 20 MB of the stock 170 Mi limit.
@@ -111,6 +120,8 @@ class PacketCache:
         self.young = _Generation()
         self.old = _Generation()
         self._asked: set[int] = set()
+        # How many labels the names have that there is nothing below.
+        self._depths: set[int] = set()
         # Seconds and number of repeats since the last settle(), for the duration metric.
         self.busy = 0.0
         self.repeats = 0
@@ -133,6 +144,19 @@ class PacketCache:
             entry = self.young.entries.get(key) or self.find(key)
             if entry is not None:
                 return entry
+        return None
+
+    def find_below(self, datagram: bytes) -> Entry | None:
+        """Return the entry of a name that is not there and that the question's name is below."""
+        if not self._depths:
+            return None
+        starts = starts_of(datagram)
+        for depth in self._depths:
+            if depth < len(starts):
+                key = below_key(datagram, starts[-depth - 1])
+                entry = self.young.entries.get(key) or self.find(key)
+                if entry is not None:
+                    return entry
         return None
 
     def repeat(self, entry: Entry, datagram: bytes, now: float) -> bytes | None:
@@ -177,6 +201,8 @@ class PacketCache:
 
     def keep(self, datagram: bytes, query: Query, wire: bytes, reply: Reply, now: float) -> None:
         """Remember an answer that may be repeated, if its question has been asked before."""
+        if reply.below is not None and self._keep_below(datagram, query, wire, reply, now):
+            return
         if reply.folds:
             key = fold(datagram)
             if not self._wanted(key, reply):
@@ -191,6 +217,24 @@ class PacketCache:
             ttls, lease = _lease_of(reply, wire, now)
             made = wire[2:] if lease is FREEHOLD else exact(wire, ttls)
             self._put(key, made, reply, now, lease)
+
+    def _keep_below(
+        self, datagram: bytes, query: Query, wire: bytes, reply: Reply, now: float
+    ) -> bool:
+        """Remember an answer for all names below one that is not there, once two were asked
+        for; return False if it cannot be kept for others."""
+        starts = starts_of(datagram)
+        if reply.keep != FOREVER or reply.on_repeat is not None or not starts:
+            return False
+        assert reply.below is not None
+        key = below_key(datagram, HEADER + reply.below)
+        if self._asked_before(key):
+            template = template_of(query, reply, wire)
+            if template is None:
+                return False
+            self._insert(Entry(key, template, reply, now))
+            self._depths.add(len(starts) - 1 - starts.index(HEADER + reply.below))
+        return True
 
     def _wanted(self, key: bytes, reply: Reply) -> bool:
         """Whether an answer is to be kept: the question's second one, or another order."""

@@ -88,7 +88,12 @@ class UdpListener:
                 answers[to : to + size] = datagram[:2] + entry.wire
                 out[slot * step] = size
             elif (
-                (entry := entry or cache.young.entries.get(fold(datagram))) is not None
+                (
+                    entry := entry
+                    or cache.young.entries.get(fold(datagram))
+                    or cache.find_below(datagram)
+                )
+                is not None
                 and (template := entry.template) is not None
                 and entry.until > began
                 and entry.lease.held
@@ -103,7 +108,7 @@ class UdpListener:
             else:
                 now = time.monotonic()
                 self._slot, self._filled = slot, False
-                self._slow(datagram, now)
+                self._slow(datagram, now, entry)
                 spent += time.monotonic() - now
                 if not self._filled:
                     room.send(fd, first, slot)
@@ -118,12 +123,13 @@ class UdpListener:
             cache.repeats += hits
             cache.busy += time.monotonic() - began - spent
 
-    def _slow(self, datagram: bytes, now: float) -> None:
-        """Answer what does not leave from memory as it is."""
+    def _slow(self, datagram: bytes, now: float, entry: Entry | None) -> None:
+        """Answer what does not leave from memory as it is. entry -- the young one, if any"""
         cache = self.cache
         peer = self._room.peer(self._slot)
         source = self._room.source(self._slot)
-        entry = cache.find_spelt(datagram)
+        if entry is None and cache.old.entries:
+            entry = cache.find_spelt(datagram)
         if entry is not None:
             wire = cache.repeat(entry, datagram, now)
             if wire is not None:

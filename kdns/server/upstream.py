@@ -230,7 +230,7 @@ class Group:
             text = f"concurrent queries exceeded maximum {rules.max_concurrent}"
             done(failure(t.REFUSED, text, _for(rules, query, Ede(ede.OTHER, text))))
             return
-        self.used = self.loop.time()
+        self.used = now = self.loop.time()
         stream = rules.force_tcp or (query.proto != "udp" and not rules.prefer_udp)
         flags = query.flags & _SENT
         body = render_query(0, query.name, query.qtype, query.qclass, flags=flags, edns=query.edns)[
@@ -254,7 +254,7 @@ class Group:
             self, key, body, body[10 : end + 4], stream, query.limit, done
         )
         flight.explains = query.edns is not None and rules.explains
-        flight.go()
+        flight.go(now=now)
 
     def order(self) -> list[Server]:
         """Return the upstreams in the order to ask them for one question."""
@@ -319,11 +319,10 @@ class Server:
 
     # --- questions ------------------------------------------------------------------------
 
-    def ask(self, errand: Errand, stream: bool) -> str:
+    def ask(self, errand: Errand, stream: bool, now: float) -> str:
         """Send a question; return what went wrong at once, or an empty string."""
         if self._tls_error:
             return self._tls_error
-        now = self._loop.time()
         if stream or self.secure:
             self._stream_link(now).send(errand, now)
             return ""
@@ -539,18 +538,21 @@ class Flight(Errand):
 
     # --- whom to ask ----------------------------------------------------------------------
 
-    def go(self, error: str = "") -> None:
+    def go(self, error: str = "", now: float | None = None) -> None:
         """Ask the next upstream; `error` is what went wrong with the last one."""
         while True:
-            server = self._choose()
+            if now is None:
+                now = self._group.loop.time()
+            server = self._choose(now)
             if server is None:
                 self.give_up(error or "no healthy proxies")
                 return
             self._server = server
             self._streaming = self._stream
-            error = self._send()
+            error = self._send(now)
             if not error:
                 return
+            now = None
             if not self._may_retry():
                 self.give_up(error)
                 return
@@ -558,11 +560,11 @@ class Flight(Errand):
                 self._pause = self._group.loop.call_later(ROUND_PAUSE, self.go, error)
                 return
 
-    def _choose(self) -> Server | None:
+    def _choose(self, now: float) -> Server | None:
         """Return the next upstream to ask; None when time, tries or hope are up."""
         group = self._group
         order = self._order
-        if group.loop.time() >= self._deadline:
+        if now >= self._deadline:
             return None
         while True:
             if self._next >= len(order):
@@ -581,9 +583,9 @@ class Flight(Errand):
             # Health checking must be what is broken: try one all the same.
             return group.random_server()
 
-    def _send(self) -> str:
-        self._began = self._group.loop.time()
-        error = self._server.ask(self, self._streaming)
+    def _send(self, now: float | None = None) -> str:
+        self._began = began = self._group.loop.time() if now is None else now
+        error = self._server.ask(self, self._streaming, began)
         if error:
             self._failures[self._server.label] = error
         return error
@@ -639,8 +641,10 @@ class Flight(Errand):
             if error:
                 self.failed(error, False)
             return
-        if not self._is_mine(message.question):
-            # As CoreDNS; over UDP server/links.py has dropped it already.
+        # Over UDP server/links.py has looked at it already, but for one that is left out.
+        question = message.question
+        if question is None or not (isinstance(self.link, UdpLink) or self._is_mine(question)):
+            # As CoreDNS.
             self._finish(failure(t.FORMERR))
             return
         if rcode in group.rules.failover:
@@ -659,9 +663,7 @@ class Flight(Errand):
         reply.edns = message.edns
         self._finish(reply)
 
-    def _is_mine(self, question: tuple[bytes, int, int] | None) -> bool:
-        if question is None:
-            return False
+    def _is_mine(self, question: tuple[bytes, int, int]) -> bool:
         name, qtype, qclass = question
         mine = self.question
         return (
@@ -701,10 +703,11 @@ class Flight(Errand):
         waiters = self.waiters
         group.busy -= len(waiters)
         reply.upstream = self._server.label
-        replies = [reply.copy() for _ in waiters[1:]]
-        replies.append(reply)
-        for done, own in zip(waiters, replies, strict=True):
+        # Made before the first is passed on: who gets a reply may change it.
+        copies = [reply.copy() for _ in waiters[1:]] if len(waiters) > 1 else ()
+        last = len(waiters) - 1
+        for n, done in enumerate(waiters):
             try:
-                done(own)
+                done(reply if n == last else copies[n])
             except Exception:
                 log.exception("a bug in kdns while an upstream's answer was passed on")

@@ -64,8 +64,9 @@ ENDING = 3.0  # seconds that workers have to end
 REQUESTS = "coredns_dns_requests_total"
 # Of these metrics each worker has the same number: not added up.
 SAME = frozenset(
-    """coredns_build_info coredns_plugin_enabled coredns_reload_version_info coredns_hosts_entries
-    coredns_hosts_reload_timestamp_seconds kdns_loop_detected""".split()
+    """coredns_build_info coredns_plugin_enabled coredns_reload_version_info
+    coredns_hosts_entries coredns_hosts_reload_timestamp_seconds kdns_loop_detected
+    kdns_forward_unusable_resolv_conf""".split()
 )
 # And these tell of what this process does for all.
 OURS = frozenset(
@@ -151,9 +152,11 @@ class Worker:
         self.serving = False
         self.gone.set()
         for order in self._orders.values():
-            order.done() or order.set_result("it has ended")
+            if not order.done():
+                order.set_result("it has ended")
         for count in self._counts.values():
-            count.done() or count.set_result(None)
+            if not count.done():
+                count.set_result(None)
         self._orders.clear()
         self._counts.clear()
         self._moved()
@@ -261,7 +264,7 @@ class Workers:
         self._orders = self._counts = self._registries = 0
         self._started = False  # all have served once
         self._failed = ""  # and before that, why one does not
-        self._ending = False
+        self._end = asyncio.Event()
         self._watched = False
         self._uncounted: set[int] = set()  # said to be left out of the metrics
         # Of those that have ended, for no counter may fall.
@@ -292,7 +295,7 @@ class Workers:
 
     async def stop(self) -> None:
         """End them all."""
-        self._ending = True
+        self._end.set()
         if self._timer is not None:
             self._timer.cancel()
         for carried in self._carried.values():
@@ -313,7 +316,7 @@ class Workers:
 
     def present(self) -> list[Worker]:
         """Return those that have not ended."""
-        return [worker for worker in self._seats.values() if not worker.gone.is_set()]
+        return [w for _, w in sorted(self._seats.items()) if not w.gone.is_set()]
 
     def pids(self) -> list[int]:
         return [worker.pid for worker in self.present()]
@@ -337,7 +340,7 @@ class Workers:
             await worker.gone.wait()
             how = await worker.reap()
             self._leave(worker)
-            if self._ending:
+            if self._end.is_set():
                 return
             if not self._started:
                 self._failed = self._failed or f"worker {number} {how}"
@@ -353,7 +356,7 @@ class Workers:
             )  # fmt: skip
             if pause:
                 await self._rest(number, pause)
-            if self._ending:
+            if self._end.is_set():
                 return
             self._begin(number)
 
@@ -361,10 +364,15 @@ class Workers:
         """Leave a seat empty; what is asked meanwhile is the others'."""
         for listener in self._listeners.values():
             listener.shared[number].close()
-        await asyncio.sleep(pause)
-        while not self._ending and (why := self._bind_again(number)):
+        await self._ended_within(pause)
+        while not self._end.is_set() and (why := self._bind_again(number)):
             log.error("worker %d does not get its sockets back: %s", number, why)
-            await asyncio.sleep(PAUSES[-1])
+            await self._ended_within(PAUSES[-1])
+
+    async def _ended_within(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._end.wait()
 
     def _bind_again(self, number: int) -> str:
         for listener in self._listeners.values():
@@ -409,15 +417,15 @@ class Workers:
         for worker in self.present():
             self._brief(worker)
             answers[worker.order(self._order)] = worker
-        for answer in answers:
+        for answer, worker in answers.items():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STARTING):
                     await asyncio.shield(answer)
             error = answer.result() if answer.done() else f"is not there after {STARTING:g} s"
             if self._started:
-                self._outcome(answers[answer], error)
+                self._outcome(worker, error)
             elif error:
-                self._failed = self._failed or f"worker {answers[answer].number}: {error}"
+                self._failed = self._failed or f"worker {worker.number}: {error}"
             if self._failed:
                 raise ConfigError([Problem("workers", 0, self._failed)])
         if self._failed:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from kdns.errors import ConfigError, Problem, SourceError
 from kdns.metrics import Metrics
 from kdns.pipeline import Pipeline
+from kdns.registry.snapshot import Changes, Snapshot
 from kdns.registry.spec import KubeSpec, ManifestSpec
 from kdns.registry.store import Store
 from kdns.source.sink import Sink
@@ -67,8 +68,8 @@ class _Listing(Pipeline):
         self._final = isinstance(spec, ManifestSpec)
         self.ended = asyncio.Event()
 
-    def publish(self) -> None:
-        super().publish()
+    def take_over(self, snapshot: Snapshot, changes: Changes) -> None:
+        super().take_over(snapshot, changes)
         if self.snapshot.synced:
             self.ended.set()
 

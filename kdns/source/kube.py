@@ -26,6 +26,7 @@ import aiohttp
 from kdns import __version__
 from kdns.errors import Denied, Expired, SourceError, Unreachable
 from kdns.metrics import Metrics
+from kdns.registry.decode import PART
 from kdns.registry.objects import (
     ENDPOINT_SLICE,
     NAMESPACE,
@@ -177,7 +178,9 @@ class KubeSource:
             if len(body) > MAX_LIST:
                 raise Unreachable(f"the list of {kind} is over {MAX_LIST} octets")
             self._sink.heard(kind)
-            self._tell(kind, reflector.on_page(body))
+            for emits in reflector.reading(body):
+                self._tell(kind, emits)
+                await asyncio.sleep(0)  # answers first
             return
         chunks = response.content.iter_any()
         while True:
@@ -187,9 +190,12 @@ class KubeSource:
             if not chunk:
                 break
             self._sink.heard(kind)
-            self._tell(kind, reflector.on_chunk(chunk, self._clock()))
-            if reflector.leave:
-                return
+            for at in range(0, len(chunk), PART):
+                if at:
+                    await asyncio.sleep(0)  # answers first
+                self._tell(kind, reflector.on_chunk(chunk[at : at + PART], self._clock()))
+                if reflector.leave:
+                    return
         self._tell(kind, reflector.on_eof(self._clock()))
 
     def _go_without(self, kind: Kind, status: int) -> None:

@@ -15,13 +15,13 @@ bookmarks KEP-956).
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TypeAlias
 
 from kdns.errors import Denied, Expired, ObjectError, SourceError, Unreachable
-from kdns.registry.decode import Event, broken_key, decode_event, decode_page, decode_status
+from kdns.registry.decode import Event, broken_key, decode_event, decode_parts, decode_status
 from kdns.registry.objects import Key, Kind, Object, key_of
 
 PAGE = 500  # objects a page, as client-go (reference 1.16)
@@ -213,26 +213,30 @@ class Reflector:
 
     def on_page(self, body: bytes) -> list[Emit]:
         """A list request was answered in full."""
+        return [emit for emits in self.reading(body) for emit in emits]
+
+    def reading(self, body: bytes) -> Iterator[list[Emit]]:
+        """As on_page(), in parts: a long page takes longer than answers may wait."""
+        listing = self._listing
         try:
-            page = decode_page(self.kind, body)
+            for page in decode_parts(self.kind, body):
+                listing.keep.update(broken_key(error) for error in page.errors)
+                listing.objects.update((key_of(obj), obj) for obj in page.objects)
+                yield [Skipped(error) for error in page.errors]
             if not page.resource_version:
                 raise Unreachable(f"the list of {self.kind} has no resourceVersion")
-            listing = self._listing
             listing.pages += 1
             if listing.pages > MAX_PAGES or (
                 page.following and page.following == listing.following
             ):
                 raise Unreachable(f"the list of {self.kind} never ends")
         except SourceError as e:
-            return self._list_again(e)
-        out: list[Emit] = [Skipped(error) for error in page.errors]
-        listing.keep.update(broken_key(error) for error in page.errors)
-        listing.objects.update((key_of(obj), obj) for obj in page.objects)
+            yield self._list_again(e)
+            return
         listing.following = page.following
         if not page.following:
             self._version = page.resource_version
-            out.append(self._end_of_list())
-        return out
+            yield [self._end_of_list()]
 
     def on_chunk(self, chunk: bytes, now: float) -> list[Emit]:
         """Bytes of a watch came in. Look at `leave` afterwards."""

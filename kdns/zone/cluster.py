@@ -30,6 +30,7 @@ from kdns.zone.records import (
 )
 
 POD = b"pod"
+OWN_NAMES = (b"dns", b"dns-version")  # the zone's own, beside these two
 SOA_DEP = "soa"  # every answer with the zone's SOA in it depends on the serial
 # What hints in answers depend on besides: which namespaces there are; ("names", namespace):
 # which Services it has, ("imports", namespace): which ServiceImports; ("named", name): which
@@ -358,6 +359,20 @@ class ClusterRecords:
         if records is None:
             return MISSING, ((namespace, name), ns_dep)
         return self._lookup_service(labels, n, records)
+
+    def missing_at(self, labels: list[bytes]) -> int:
+        """Return how many labels, from the right, make a name at and below which there is
+        nothing, of a name that lookup() found missing; 0 if that is not known. It comes to be
+        only with one of the deps that lookup() returned."""
+        n = len(labels)
+        kind = labels[-1]
+        if kind != SVC and kind != POD:
+            return 0 if kind in OWN_NAMES else 1
+        if n > 1 and not self._namespaces.get(labels[-2]):
+            return 2
+        if kind == SVC and n > 2 and (n < 6 or self.options.zonal):
+            return 0 if labels[-3] in self._services.get(labels[-2], {}) else 3
+        return 0
 
     def _lookup_service(self, labels: list[bytes], n: int, records: ServiceRecords) -> Found:
         deps = records.deps
