@@ -380,7 +380,13 @@ def _starts(results: Results, folder: Path, services: int) -> None:
     results.start["manifests, JSON"] = _start(
         folder, f"manifests {path}", "insecure", _last(services)
     )
-    results.start["the embedded registry (kdns up -f)"] = _start_up(folder, path, _last(services))
+    data = [f"--data-dir={folder / 'data'}"]
+    results.start["the embedded registry, filled from that file (kdns up -f)"] = _start_up(
+        folder, [*data, "-f", str(path)], _last(services)
+    )
+    results.start["the embedded registry, from its own folder"] = _start_up(
+        folder, data, _last(services)
+    )
     import yaml
 
     thousand = folder / "objects.yaml"
@@ -399,10 +405,10 @@ def _start(folder: Path, source: str, pods: str, name: str) -> tuple[float, floa
     return _first_answer(command, port, name, log)
 
 
-def _start_up(folder: Path, objects: Path, name: str) -> tuple[float, float]:
+def _start_up(folder: Path, flags: list[str], name: str) -> tuple[float, float]:
     port = servers.free_port()
-    command = [sys.executable, "-m", "kdns", "up", "-f", str(objects), "--api-port=0",
-               f"--dns-port={port}", "--insecure"]  # fmt: skip
+    command = [sys.executable, "-m", "kdns", "up", "--api-port=0", f"--dns-port={port}",
+               "--insecure", *flags]  # fmt: skip
     return _first_answer(command, port, name, folder / "up.log")
 
 

@@ -50,6 +50,7 @@ from kdns.source.follow import Follow, follow, list_once
 
 if TYPE_CHECKING:
     from kdns.server.workers import Workers
+    from kdns.zone.cluster import ClusterRecords
 
 log = logging.getLogger("kdns")
 start = logging.getLogger(START)
@@ -58,6 +59,7 @@ RESOLV_CONF = "/etc/resolv.conf"
 # Seconds that /health and /metrics give names a start: until these are answered, or so long,
 # those who ask wait. Their library takes longer to load than all else.
 NAMES_FIRST = 1.0
+UNDER_WAY = 15.0  # seconds that a question waits for its upstreams, and some
 CLIENT_AUTH = {
     "verify_if_given": ssl.CERT_OPTIONAL,
     "require_and_verify": ssl.CERT_REQUIRED,
@@ -211,19 +213,23 @@ class App:
                 self._load(item)
         http = await self._open_http(site)
         feeds = [(self._pipeline(w.source), w) for w in work if isinstance(w, Feed)]
-        if self._workers is not None:
+        if self._workers is not None and not self._guest:  # whose host asks in this process, too
             feeds = [(pipeline, Feed(w.source, w.glance)) for pipeline, w in feeds]
         opened = asyncio.Event()
         serving = asyncio.ensure_future(_serve_http(http, opened))
         new: dict[Place, Listener] = {}
+        handed = False
         try:
             new = await self._open_listeners(site, feeds)
             await self._hand_over(site, new)
+            handed = True
             opened.set()
             await serving
         except BaseException:
             serving.cancel()
             await asyncio.wait((serving,))
+            if handed and self.site is not None:
+                await self._hand_over(self.site, {})
             for listener in new.values():
                 await listener.close()
             for server in http:
@@ -232,11 +238,15 @@ class App:
                 pipeline.unsubscribe(feed.publish)
             self._end_unread_pipelines()
             raise
+        old = [] if self.site is None else self.site.plugins()
         await self._retire(site, new, http, feeds)
         debug = any(plugin.word == "debug" for plugin in plugins)
         if not self._guest:
             log.setLevel(logging.DEBUG if debug else logging.INFO)
         self._start_work(site, stamps)
+        for plugin in old:
+            if plugin.word == "kubernetes":
+                self._spawn(_dissolve(plugin.records))  # type: ignore[attr-defined]
 
     def _load(self, item: WatchFile | WatchFolder) -> None:
         try:
@@ -724,6 +734,13 @@ async def _probe(listener: Listener, probe: Probe) -> None:
             async with asyncio.timeout(probe.interval):
                 await answered.wait()
             return
+
+
+async def _dissolve(records: ClusterRecords) -> None:
+    """Let go of what an old site answered with, once no question is under way there."""
+    await asyncio.sleep(UNDER_WAY)
+    for _ in records.dissolve():
+        await asyncio.sleep(0)
 
 
 async def _serve_http(servers: Sequence[HttpServer], names: asyncio.Event) -> None:

@@ -506,9 +506,8 @@ class Cluster:
         """Wait until the controllers have nothing left to do, and names for no rules."""
         assert self.controllers is not None, "the cluster is not started"
         await self.controllers.settle()
-        shared = self.app.registry_pipeline() if self.app is not None else None
-        if shared is not None:
-            await shared.settle()
+        for pipeline, _ in [*self.app.pipelines.values()] if self.app is not None else ():
+            await pipeline.settle()
 
     def _declared(self, manifests: Manifests, namespace: str) -> Sequence[Declared]:
         declared, problems = read_documents(_documents(manifests), namespace)
@@ -662,6 +661,8 @@ class Cluster:
     def dns_servfail(self) -> Fault:
         """Have DNS answer SERVFAIL to everything."""
         assert self.app is not None
+        if self.app.worker_pids():
+            raise KdnsError("dns_servfail: the Corefile has 'workers'; only one process can do it")
         listeners = list(self.app.listeners.values())
         routers = [listener.exchange.router for listener in listeners]
         for listener in listeners:

@@ -260,7 +260,7 @@ class Node:
         for block in site.blocks:
             probes = [item for plugin in block.plugins for item in plugin.work()
                       if isinstance(item, Probe)]  # fmt: skip
-            if probes and late:
+            if probes and (late or self.app.worker_pids()):  # it is the workers who put them
                 self.app.reload_soon()  # a plugin made anew counts anew
                 return
             for probe in probes:
@@ -295,18 +295,25 @@ class Node:
         """Keep an agent running; why it ended is told once, and DNS does not hear of it."""
         told = ""
         while not self._stop.is_set():
-            began = time.monotonic()
+            began, before = time.monotonic(), self._config_text()
             why = await self._run_agent()
             if self._stop.is_set():
                 return
             long = time.monotonic() - began > RETRY
-            wait = 0.0 if long else RETRY
+            wait = 0.0 if long or self._config_text() != before else RETRY
             if long or why != told:
                 log.error("forwarding has ended: %s; DNS goes on; trying again in %g s", why, wait)
             told = self.kernel_problem = why
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._stop.wait()
+
+    def _config_text(self) -> str:
+        """Return kube-proxy's configuration file as it is now; "" if there is none."""
+        with suppress(OSError, UnicodeDecodeError):
+            path = self.wishes.proxy.config_path
+            return Path(path).read_text(encoding="utf-8") if path else ""
+        return ""
 
     async def _run_agent(self) -> str:
         """Run an agent to its end; return why it ended."""
@@ -351,6 +358,8 @@ class Node:
             "node", self._registry, app=self.app, node=self.name, mode=self.config.mode,
             cluster_cidr=cidrs, config=lambda: self.config,
         )  # fmt: skip
+        told = facts.answers["/v1/status"]
+        facts.answers["/v1/status"] = lambda: {**told(), "path": self.path.status()}
         server = ControlServer(self.wishes.control, facts)
         try:
             await server.start()

@@ -27,7 +27,7 @@ from kdns.metrics import Metrics
 from kdns.registry.gate import Family, Gate, KernelChanges, Opened, Shown
 from kdns.registry.mirror import State, no_state
 from kdns.registry.objects import Key, Kind, Object
-from kdns.registry.snapshot import Changes, Snapshot, everything, in_parts
+from kdns.registry.snapshot import Changes, Snapshot, everything, everything_in_parts
 from kdns.registry.store import Store
 
 log = logging.getLogger("kdns")
@@ -116,7 +116,7 @@ class Pipeline:
         self._readers: list[Publish] = []
         self._scheduled = False
         self._waiting: deque[Iterator[int]] = deque()  # what was told and is not in the store yet
-        self._left = TURN  # of this turn
+        self._left = TURN  # until something is published
         self._heard: dict[str, float] = {}
         self._failing: set[str] = set()
         self._failing_since = 0.0
@@ -132,7 +132,7 @@ class Pipeline:
         """As subscribe(), with answers in between: a reload compiles all there is anew. Changes
         that come meanwhile reach the reader as any other."""
         self._readers.append(publish)
-        for part in in_parts(self.snapshot, everything(self.snapshot), TURN):
+        for part in everything_in_parts(self.snapshot, TURN):
             publish(self.snapshot, part, self._clock())
             await asyncio.sleep(0)
 
@@ -345,8 +345,8 @@ class Pipeline:
 
     def _turn(self) -> None:
         self._scheduled = False
-        self._left = TURN
         self._work()
+        self._left = TURN
         if self._waiting:
             self._schedule()
         published = self.store.publish(int(time.time()))

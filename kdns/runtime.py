@@ -35,6 +35,12 @@ def without_collections() -> Iterator[None]:
             gc.enable()
 
 
+def leave_alone() -> None:
+    """Have the garbage collector never look at what is there now. Where a great many objects
+    have just been read that stay, even one look stops all threads for 100 ms and more."""
+    gc.freeze()
+
+
 def take_turns_often() -> None:
     """Have threads give way after half a millisecond, not five: while one renders 10,000
     Services the others' many short steps, such as starting a program, wait for it each time."""

@@ -8,11 +8,13 @@ about answers. It ends when its parent says so, or is no more.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
 import signal
 import socket
+import stat
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -311,7 +313,7 @@ def main(link: int, out: int) -> None:
     # What is meant for all processes of a service is the parent's to act on.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    setup_logging(os.fdopen(out, "w", closefd=False), quiet=True)
+    setup_logging(os.fdopen(_unblocked(out), "w"), quiet=True)
     raise_file_limit()
     take_turns_often()
 
@@ -319,6 +321,15 @@ def main(link: int, out: int) -> None:
         await Desk(socket.socket(fileno=link)).run()
 
     asyncio.run(run())
+
+
+def _unblocked(out: int) -> int:
+    """Return a pipe opened anew: several processes write into it, so that it may be full though
+    it was not when it was looked at, and nobody may wait for it to be read."""
+    if stat.S_ISFIFO(os.fstat(out).st_mode):
+        with contextlib.suppress(OSError):
+            return os.open(f"/proc/self/fd/{out}", os.O_WRONLY | os.O_NONBLOCK)
+    return out
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -268,25 +268,8 @@ class NetCluster:
 
         What it changes in the test's memory is lost. Raises what the function raises.
         """
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            with open(writer, "wb") as out:
-                try:
-                    _move_to(self.pids[where], ("user", "net") if self.own_user else ("net",))
-                    out.write(pickle.dumps((True, function(*arguments))))
-                except BaseException as error:
-                    out.write(pickle.dumps((False, error)))
-                finally:
-                    out.close()
-                    os._exit(0)
-        os.close(writer)
-        with open(reader, "rb") as answer:
-            good, result = pickle.loads(answer.read())
-        os.waitpid(child, 0)
-        if not good:
-            raise result
-        return cast(T, result)
+        kinds = ("user", "net") if self.own_user else ("net",)
+        return forked(self.pids[where], kinds, function, *arguments)
 
     # How the cluster is made.
 
@@ -451,6 +434,30 @@ class Connection:
 
     def close(self) -> None:
         self.cluster.request(self.where, "hang_up", number=self.number)
+
+
+def forked(pid: int, kinds: Sequence[str], function: Callable[..., T], *arguments: Any) -> T:
+    """Call a function in a process of its own, in the namespaces of another; return what it
+    returns. Raises what the function raises."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with open(writer, "wb") as out:
+            try:
+                _move_to(pid, kinds)
+                out.write(pickle.dumps((True, function(*arguments))))
+            except BaseException as error:
+                out.write(pickle.dumps((False, error)))
+            finally:
+                out.close()
+                os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as answer:
+        good, result = pickle.loads(answer.read())
+    os.waitpid(child, 0)
+    if not good:
+        raise result
+    return cast(T, result)
 
 
 def _move_to(pid: int, kinds: Iterable[str]) -> None:

@@ -11,13 +11,15 @@ from unittest import mock
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import FakeClock, make_setup
+from objects import service
+from support import FakeClock, build, make_setup
 from test_replay import CHANGE, CLIENTS, GROUPS, Server, World, check
 
 from kdns.dns import types as t
 from kdns.dns.message import Edns, render_query
 from kdns.dns.name import ROOT, parse_name
 from kdns.plugins.chain import Chain, Router
+from kdns.registry.snapshot import Changes
 from kdns.server.exchange import Exchange
 
 ENDS = (
@@ -50,13 +52,30 @@ ZONES = (
     "kubernetes cluster.local {\nSTRICT\npods insecure\nfallthrough a.com.svc.cluster.local\n}",
     "kubernetes . {\nSTRICT\npods verified\n}",
 )
+# What heeds no name: with these alone one answer serves many.
+UNIFORM = (
+    "errors",
+    "cache 30 {\ndisable success cluster.local .\ndisable denial .\n}",
+)
+OTHERS = tuple(part for group in GROUPS for part in group
+               if not part.startswith(("kubernetes", "hosts", "template", "cache")))  # fmt: skip
+
+
+def each_once(parts: list[str]) -> tuple[str, ...]:
+    """Return the parts but those of a plugin that stands there already."""
+    found: dict[str, str] = {}
+    for part in parts:
+        found.setdefault(part.partition(" ")[0], part)
+    return tuple(found.values())
+
+
 BLOCK = st.tuples(
-    st.sampled_from(("", *SINGULAR)),
-    *(st.sampled_from(("", *group)) for group in GROUPS
-      if not group[0].startswith(("kubernetes", "hosts", "template", "rewrite", "cache"))),
+    st.sampled_from(("", "", *SINGULAR)),
+    st.sampled_from(("", "", *OTHERS)),
+    st.sampled_from(("", *UNIFORM)),
     st.sampled_from(ZONES),
     st.sampled_from(("spec strict", "namespaces default", "ttl 5")),
-).map(lambda parts: tuple(part.replace("STRICT", parts[-1]) for part in parts[:-1]))  # fmt: skip
+).map(lambda parts: each_once([part.replace("STRICT", parts[-1]) for part in parts[:-1]]))
 
 
 @settings(max_examples=300, deadline=None)
@@ -68,6 +87,60 @@ def test_an_answer_for_all_names_below_is_the_chains_answer(
     steps = [*questions, *(step for one in changes for step in (one, *questions))]
     with mock.patch("kdns.server.udp.time", SimpleNamespace(monotonic=clock)):
         check(block, steps, clock, logs="")
+
+
+NEW = "new.default.svc.cluster.local."
+# What an answer for all below would be wrong for: two names of one length, and what happens
+# before each of them.
+CASES: dict[str, tuple[tuple[str, ...], list[tuple[Any, ...]]]] = {
+    "the zone's own name server": (
+        (ZONES[0],), [("zz.dns.cluster.local.",), ("ns.dns.cluster.local.",)],
+    ),
+    "a Service that comes where only names too long were asked for": (
+        (ZONES[0],), [(f"wwww.www.w.{NEW}",), ("service", "new", 2), (f"_http._tcp.{NEW}",)],
+    ),
+    "a Service that comes": (
+        (ZONES[0],), [(f"_http._abc.{NEW}",), ("service", "new", 2), (f"_http._tcp.{NEW}",)],
+    ),
+    "a Service with a port only, in a namespace that comes": (
+        (ZONES[0],),
+        [("namespace", "", 0), (f"_http._abc.s0.{NEW[4:]}",), ("namespace", "", 1),
+         (f"_http._tcp.s0.{NEW[4:]}",)],
+    ),
+    "a name that falls through": (
+        (ZONES[2],), [("b.com.svc.cluster.local.",), ("a.com.svc.cluster.local.",)],
+    ),
+    "another zone below": (
+        (ZONES[1],), [("namespace", "", 0), (f"w.aaa.{NEW[4:]}",), (f"w.com.{NEW[4:]}",)],
+    ),
+    "a zone of a cache's own": (
+        (SINGULAR[5], ZONES[0]),
+        [("namespace", "", 0), (f"w.aaa.{NEW[4:]}",), (f"w.com.{NEW[4:]}",)],
+    ),
+    "a name in hosts": (
+        (SINGULAR[1], ZONES[0]), [("a.com.cluster.local.",), ("b.com.cluster.local.",)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_not_like_its_neighbours(case: str) -> None:
+    block, given = CASES[case]
+    steps = [
+        step if len(step) > 1 else ("ask", *step, t.A, edns, False)
+        for edns in (None, Edns(1232))
+        for step in given
+    ]
+    clock = FakeClock()
+    block = tuple(part.replace("STRICT", "ttl 5") for part in block)
+    with mock.patch("kdns.server.udp.time", SimpleNamespace(monotonic=clock)):
+        check(block, steps, clock, logs="")
+
+
+def test_metrics_of_several_zones_are_of_names() -> None:
+    for zones, heeds in (((".",), False), (("cluster.local.", "com.cluster.local."), True)):
+        (plugin,) = build("prometheus", make_setup(zones))
+        assert plugin.heeds(parse_name("cluster.local.")) is heeds
 
 
 KUBEADM = "errors\nloadbalance\ncache 30 {\ndisable success cluster.local\ndisable denial\n}\n"
@@ -119,17 +192,13 @@ def test_a_service_that_comes_is_seen_below_its_name() -> None:
     for n in range(5):
         assert ask(server, f"_h{n}._tcp.new.default.svc.cluster.local.")[3] & 15 == t.NXDOMAIN
     assert len(asked) == 2
-    from objects import service
-
-    from kdns.registry.snapshot import Changes
-
     world.objects["service", "new"] = service("new", ip="10.96.0.9", ports=[("h7", 80, "TCP")])
     server.publish(world.snapshot(), Changes(services=frozenset({("default", "new")})))
     assert ask(server, "_h7._tcp.new.default.svc.cluster.local.")[3] & 15 == t.NOERROR
 
 
 def test_another_server_block_may_be_for_names_below() -> None:
-    server, asked = server_of("kubernetes cluster.local")
+    server, _ = server_of("kubernetes cluster.local")
     inner = Chain(Server("whoami", World(), FakeClock(), True).plugins)
     chains = {ROOT: Chain(server.plugins), parse_name("b.com.cluster.local."): inner}
     exchange = Exchange(Router(chains), None, make_setup().metrics)  # type: ignore[arg-type]
@@ -140,7 +209,7 @@ def test_another_server_block_may_be_for_names_below() -> None:
 
 
 def test_a_broken_name_is_not_below_anything() -> None:
-    server, asked = server_of(KUBEADM + "kubernetes cluster.local")
+    server, _ = server_of(KUBEADM + "kubernetes cluster.local")
     for n in range(4):
         ask(server, f"abcd{n}.com.cluster.local.")
     good = render_query(7, parse_name("abcd9.com.cluster.local."), t.A)

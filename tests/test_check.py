@@ -25,6 +25,8 @@ from kdns.explain.check_finding import KINDS, Finding, finding, in_order
 from kdns.explain.check_gate import check_status
 from kdns.explain.check_host import Host, Resolvers, check_host, check_resolvers
 from kdns.explain.check_registry import Registry, check_registry
+from kdns.explain.check_sight import read_resolvers, read_shown
+from kdns.explain.evidence import Where, gather
 from kdns.proxy.config import ProxyConfig
 from kdns.proxy.options import NodeView
 from kdns.proxy.table import TableCompiler
@@ -512,6 +514,9 @@ STATUS: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
      "DNS shows revision 7, the registry is at 9"),
     ("the kernel is behind", {"revision": {"registry": 9, "dns": 9, "kernel_ipv6": 3}}, {},
      "kernel-behind", "the kernel has revision 3"),
+    ("a node's DNS path", {"path": {"healthy": False, "addresses": ["169.254.20.10"],
+                                    "problem": "iptables: not found in PATH"}}, {},
+     "dns-path-broken", "iptables: not found in PATH"),
 ]  # fmt: skip
 
 
@@ -625,6 +630,21 @@ def test_dns_that_asks_itself(lines: str, text: str, id: str, told: str, advice:
     (one,) = of_forward(lines, text)
     assert one.id == id and told in one.text and advice in one.advice
     assert one.subject == "Corefile:2, forward"
+
+
+def test_a_node_that_asks_its_own_server(tmp_path: Path) -> None:
+    """`kdns node` answers at an address beside the Service's: also that one leads back."""
+    (tmp_path / "all.yaml").write_text(HEALTHY)
+    lines = "bind 169.254.20.10\n kubernetes cluster.local\n forward . 169.254.20.10"
+    evidence = replace(
+        gather(Where(manifests=(str(tmp_path),))),
+        corefile=("Corefile", f".:5353 {{\n {lines}\n}}\n"),
+        status={"dns": ["10.96.0.10:53", "169.254.20.10:53"]},
+    )
+    shown = read_shown(evidence)
+    assert shown.corefile is not None
+    (one,) = check_resolvers(shown.corefile, read_resolvers(evidence, shown.corefile))
+    assert (one.id, "it names 169.254.20.10" in one.text) == ("resolv-conf-loop", True)
 
 
 @pytest.mark.parametrize(("lines", "text"), GOOD_RESOLVERS)

@@ -483,9 +483,7 @@ def test_at_the_start_a_kernel_side_that_comes_late_and_fails_is_waited_for_no_l
     site.put(WEB1, ends(1))
     site.now += 0.5
     site.kernel = Kernel()
-    site.gate.attach(
-        site.kernel.take(site.registry, everything(site.registry), site.now), site.now
-    )
+    site.gate.attach(site.kernel.take(site.registry, everything(site.registry), site.now), site.now)
     opened = site.later(1.5)
     assert opened is not None and opened.families == (4,) and opened.services == (WEB,)
     assert site.shown() == ([IP], [80], at(1))

@@ -68,6 +68,7 @@ STEPS = st.one_of(
     st.tuples(st.just("apply"), st.sampled_from(["ADDED", "DELETED"]), OBJECTS),
     st.tuples(st.just("list"), st.sampled_from(ALL), st.lists(OBJECTS, max_size=4)),
     st.tuples(st.just("synced"), st.sampled_from(ALL), st.none()),
+    st.tuples(st.just("all synced"), st.none(), st.none()),
     st.tuples(st.just("publish"), st.none(), st.none()),
     st.tuples(st.just("begin"), st.integers(1, 3), st.none()),
 )
@@ -79,8 +80,9 @@ def carry_out(store: Store, step: tuple[Any, Any, Any]) -> None:
         store.apply(type(other).__name__, one, other)  # type: ignore[arg-type]
     elif what == "list":
         store.replace(one, [obj for obj in other if type(obj).__name__ == one])
-    elif what == "synced":
-        store.mark_synced(one)
+    else:
+        for kind in ALL if what == "all synced" else (one,):
+            store.mark_synced(kind)
 
 
 @settings(max_examples=300, deadline=None)

@@ -37,6 +37,7 @@ from running_node import (
 from running_proxy import until
 from traffic import cluster_or_skip
 
+from kdns.control import ControlClient
 from kdns.kernel.dnsaddress import INTERFACE
 
 pytestmark = pytest.mark.root
@@ -373,8 +374,6 @@ def test_a_name_of_the_api_leads_somewhere_as_soon_as_it_is_there(tmp_path: Path
             until(f"{name} is there", lambda: node.inside(put_question, *ask) == ip, SETTLE)  # noqa: B023
             node.connect(ip, 80).close()  # refused or lost: it fails
 
-        from kdns.control import ControlClient
-
         status = ControlClient(str(tmp_path / "control.sock")).get("/v1/status")
         assert (status["command"], status["node"], status["mode"]) == ("node", "node1", "iptables")
         assert (status["synced"], status["gate"]["waiting"]) == (True, [])
@@ -402,6 +401,8 @@ def test_without_iptables_dns_goes_on_and_health_says_so(site: NodeSite) -> None
     assert "install the package iptables" in health["forwarding"]["problem"]
     assert "install the package iptables" in health["path"]["problem"]
     assert (site.health("/readyz")[0], site.health("/livez")[0]) == (200, 200)
+    path = ControlClient(str(site.folder / "control.sock")).get("/v1/status")["path"]
+    assert path == health["path"]  # what `kdns check` goes by
     assert site.end() == 0
 
 

@@ -8,13 +8,16 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
+from netcluster import forked
 from running_up import PROJECT, Up, until
 from trace_cluster import (
     NODES,
@@ -32,6 +35,7 @@ from trace_cluster import (
 
 from kdns import agent, cli
 from kdns.control import ControlServer, Facts
+from kdns.explain import trace_command
 from kdns.explain.evidence import Evidence, KernelEvidence, Where, gather, of_kdns
 from kdns.explain.trace_text import render
 from kdns.proxy.config import Mode
@@ -42,6 +46,8 @@ from kdns.server.client import Server
 UDP_WEB = service("dns", ports=[{"name": "dns", "port": 53, "protocol": "UDP"}],
                   selector={"app": "web"})  # fmt: skip
 
+
+assert trace_command  # imported here, so that the processes which are forked need not
 
 HOST = "198.51.100.1"  # of a network namespace of its own
 
@@ -61,14 +67,26 @@ def empty() -> Iterator[Up]:
         yield running
 
 
-def kdns(*words: str, prefix: Sequence[str] = (), **environment: str) -> tuple[int, str]:
+def kdns(*words: str, **environment: str) -> tuple[int, str]:
     done = subprocess.run(
-        [*prefix, sys.executable, "-m", "kdns", "trace", *words], cwd=PROJECT, text=True,
+        [sys.executable, "-m", "kdns", "trace", *words], cwd=PROJECT, text=True,
         capture_output=True, check=False, timeout=60,
         env={**os.environ, "KDNS_CONTROL": "", "KUBECONFIG": "/nowhere", **environment},
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout or done.stderr
+
+
+def kdns_at(pid: int, *words: str, **environment: str) -> tuple[int, str]:
+    """As kdns(), in the network namespace of a process, and without a Python's start."""
+
+    def there() -> tuple[int, str]:
+        os.environ.update({"KDNS_CONTROL": "", "KUBECONFIG": "/nowhere", **environment})
+        with redirect_stdout(StringIO()) as out:
+            code = cli.run(["trace", *words])
+        return code, out.getvalue()
+
+    return forked(pid, ("net",), there)
 
 
 def test_a_running_kdns_is_found_and_asked(up: Up) -> None:
@@ -261,11 +279,12 @@ def test_the_rules_and_flows_of_a_real_kernel(mode: Mode, tmp_path: Path) -> Non
     alone = ("unshare", "-n", "sh", "-c", f'{prepare} && exec "$@"', "x")
     path = written(tmp_path, objects)
     with Up("-f", path, f"--proxy-mode={mode}", prefix=alone) as up:
-        there = ("nsenter", "-t", str(up.process.pid), "-n")
+        pid = up.process.pid
+        there = ("nsenter", "-t", str(pid), "-n")
         environment = {"KUBECONFIG": str(up.facts["kubeconfig"])}
 
         def in_kernel(*what: str) -> dict[str, Any] | None:
-            _, out = kdns(*what, "-o", "json", prefix=there, **environment)
+            _, out = kdns_at(pid, *what, "-o", "json", **environment)
             found: dict[str, Any] = json.loads(out)
             rules = found["rules"] or {"source": "", "ways": ()}
             leads = {one["verdict"] for one in rules["ways"]} == {"forward"}
@@ -284,23 +303,21 @@ def test_the_rules_and_flows_of_a_real_kernel(mode: Mode, tmp_path: Path) -> Non
             f" s.sendto(b'x', ({address!r}, 53))"
         )
         subprocess.run([*there, sys.executable, "-c", send], check=True, timeout=20)
-        _, out = kdns("dns:53", "--udp", "-o", "json", prefix=there, **environment)
+        _, out = kdns_at(pid, "dns:53", "--udp", "-o", "json", **environment)
         tracked = json.loads(out)["conntrack"]
         assert tracked["flows"] == 1, out
         assert not tracked["told"][0]["stale"]
         # With the API alone, rules count only on a host that is one of the cluster's Nodes.
         by_api = ("web:80", "-o", "json", "--kubeconfig", environment["KUBECONFIG"])
-        found = json.loads(kdns(*by_api, prefix=there)[1])
+        found = json.loads(kdns_at(pid, *by_api)[1])
         assert found["rules"]["source"] == "kernel", found["evidence"]
         subprocess.run([*there, "ip", "addr", "del", f"{HOST}/32", "dev", "lo"], check=True)
-        found = json.loads(kdns(*by_api, prefix=there)[1])
+        found = json.loads(kdns_at(pid, *by_api)[1])
         assert found["rules"]["source"] == "computed"
         assert "not the node in question" in found["evidence"]["no_kernel"]
-        code, out = kdns("web:80", **environment)
+        code, out = kdns("web:80", "-v", **environment)
         assert code == 0
-        assert "another network namespace" in " ".join(
-            kdns("web:80", "-v", **environment)[1].split()
-        )
+        assert "another network namespace" in " ".join(out.split())
 
 
 def test_no_kernel_is_read_for_manifests(tmp_path: Path) -> None:

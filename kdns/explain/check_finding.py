@@ -117,6 +117,7 @@ KINDS: Final[Mapping[str, Kind]] = {
     "dns-behind": Kind("gate", "warning", "DNS shows an older registry", True),
     "kernel-behind": Kind("gate", "warning", "the kernel's rules are of an older registry", True),
     "server-not-synced": Kind("gate", "error", "the running kdns has not listed its registry"),
+    "dns-path-broken": Kind("gate", "error", "packets to the node's own DNS server are tracked"),
     # --- rules
     "rules-gone": Kind("rules", "error", "none of the rules is in the kernel"),
     "jumps-missing": Kind("rules", "error", "the rules are there, but no packet gets to them"),

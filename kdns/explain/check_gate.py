@@ -16,6 +16,15 @@ KERNEL: Final = "kernel_"
 def check_status(status: Mapping[str, Any]) -> Iterator[Finding]:
     """Yield what is wrong by a running kdns's own account."""
     subject = f"kdns (process {status.get('pid', '?')})"
+    path = status.get("path")
+    if isinstance(path, Mapping) and not path.get("healthy"):
+        addresses = ", ".join(map(str, path.get("addresses") or ()))
+        yield finding(
+            "dns-path-broken", subject, str(path.get("problem") or "its rules are not written"),
+            f"questions to {addresses} go by the rules of the Service, to other nodes, or are"
+            " tracked",
+            "see its log and /healthz; it tries again every 30 s",
+        )  # fmt: skip
     if status.get("synced") is False:
         yield finding(
             "server-not-synced", subject, "has not listed its registry",

@@ -255,6 +255,11 @@ def read_resolvers(evidence: Evidence, corefile: Corefile) -> Resolvers:
     service = evidence.snapshot.services.get(DNS_SERVICE[0], {}).get(DNS_SERVICE[1])
     if service is not None:
         own = [ip for ip in (service.spec.cluster_ips or [service.spec.cluster_ip]) if ip]
+    # Where `kdns node` answers itself, beside the Service's address.
+    for place in (evidence.status or {}).get("dns") or ():
+        address, _, port = str(place).rpartition(":")
+        if port == "53":
+            own.append(address.strip("[]"))
     return Resolvers(files, own)
 
 

@@ -71,6 +71,7 @@ LONGEST_IPV6 = 45  # characters; what is longer is not remembered either
 _SHARED = 1 << 10  # ports, names of nodes and the like that many objects have in common
 PART = 64 << 10  # octets of a list that are decoded at one go: one to two milliseconds
 _PART = b'{"metadata":{},"items":[%s]}'
+_LEAVES = frozenset((str, int, float, bool))  # of a parsed value: most of it
 _JSON_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -290,7 +291,11 @@ def convert(kind: Kind, value: Any) -> Object:
 
     A null is as good as nothing there, as for the API server.
     """
-    value = without_nulls(value)
+    return convert_plain(kind, without_nulls(value))
+
+
+def convert_plain(kind: Kind, value: Any) -> Object:
+    """As convert(), of a value that went through without_nulls() before."""
     try:
         obj: Object = msgspec.convert(value, STRUCTS[kind])
     except msgspec.ValidationError as e:
@@ -303,9 +308,13 @@ def convert(kind: Kind, value: Any) -> Object:
 def without_nulls(value: Any) -> Any:
     """Return `value` without the members that are null."""
     if isinstance(value, dict):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+        return {
+            k: v if v.__class__ in _LEAVES else without_nulls(v)
+            for k, v in value.items()
+            if v is not None
+        }
     if isinstance(value, list):
-        return [without_nulls(v) for v in value]
+        return [v if v.__class__ in _LEAVES else without_nulls(v) for v in value]
     return value
 
 

@@ -6,8 +6,8 @@ between snapshots, so making one costs what changed and not what there is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from kdns.registry.objects import (
     SOURCE_CLUSTER_LABEL,
@@ -97,39 +97,39 @@ def everything(snapshot: Snapshot) -> Changes:
     )
 
 
-def in_parts(snapshot: Snapshot, changes: Changes, size: int) -> Iterator[Changes]:
-    """Yield the same changes in parts of some `size` objects, sixteen endpoints for one: whoever
+def everything_in_parts(snapshot: Snapshot, size: int) -> Iterator[Changes]:
+    """Yield everything() in parts of some `size` objects, sixteen endpoints for one: whoever
     compiles what they name of `snapshot`, or of a later one, has compiled all in the end."""
-    yield replace(changes, services=frozenset(), pods=frozenset(), imports=frozenset())
-    for part in _portions(changes.services, lambda key: 16 + _endpoints(snapshot, key), 16 * size):
-        yield Changes(services=part)
-    for part in _portions(changes.imports, lambda key: 1, size):
-        yield Changes(imports=part)
-    for part in _portions(changes.pods, lambda key: 1, size):
-        yield Changes(pods=part)
-
-
-_Key = tuple[str, str]
+    yield Changes(
+        namespaces=frozenset(snapshot.namespaces),
+        synced=snapshot.synced,
+        nodes=frozenset(snapshot.nodes),
+        service_cidrs=frozenset(snapshot.service_cidrs),
+    )
+    services = _portions((snapshot.services, snapshot.slices), size, snapshot.slices)
+    yield from (Changes(services=part) for part in services)
+    imports = _portions((snapshot.imports, snapshot.import_slices), size, snapshot.import_slices)
+    yield from (Changes(imports=part) for part in imports)
+    yield from (Changes(pods=part) for part in _portions((snapshot.pods,), size, {}))
 
 
 def _portions(
-    keys: Iterable[_Key], weight: Callable[[_Key], int], most: int
-) -> Iterator[frozenset[_Key]]:
-    part: list[_Key] = []
+    tables: Sequence[Mapping[str, Mapping[str, object]]],
+    size: int,
+    slices: Mapping[str, Mapping[str, tuple[EndpointSlice, ...]]],
+) -> Iterator[frozenset[tuple[str, str]]]:
+    part: list[tuple[str, str]] = []
     held = 0
-    for key in sorted(keys):
-        part.append(key)
-        held += weight(key)
-        if held >= most:
-            yield frozenset(part)
-            part, held = [], 0
+    for namespace in dict.fromkeys(namespace for table in tables for namespace in table):
+        weighed = slices.get(namespace, {})
+        for name in dict.fromkeys(n for table in tables for n in table.get(namespace, ())):
+            part.append((namespace, name))
+            held += 16 + sum(len(one.endpoints or ()) for one in weighed.get(name, ()))
+            if held >= 16 * size:
+                yield frozenset(part)
+                part, held = [], 0
     if part:
         yield frozenset(part)
-
-
-def _endpoints(snapshot: Snapshot, key: tuple[str, str]) -> int:
-    slices = snapshot.slices.get(key[0], {}).get(key[1], ())
-    return sum(len(one.endpoints or ()) for one in slices)
 
 
 def _keys(*tables: Mapping[str, Mapping[str, object]]) -> frozenset[tuple[str, str]]:

@@ -185,6 +185,8 @@ class Store:
             fresh[key_of(obj)] = obj
             if at % GLANCES == 0:
                 yield 1
+        # From here on each goes with its step: all at once take longer than answers may wait.
+        objects = ()
         for at, key in enumerate(list(self._objects.get(kind, ())), 1):
             if key not in fresh and key not in keep:
                 self._remove(kind, key)

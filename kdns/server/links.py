@@ -140,10 +140,10 @@ class Peer:
 
     def number(self, taken: dict[int, Errand]) -> int:
         """Return an ID not in use on a link."""
-        for number in self.numbers:
-            if number not in taken:
-                return number
-        raise AssertionError("random numbers end never")
+        number = next(self.numbers)
+        while number in taken:
+            number = next(self.numbers)
+        return number
 
 
 class UdpLink:

@@ -255,6 +255,7 @@ class Workers:
         self.count = count
         self._show = show
         self._seats: dict[int, Worker] = {}
+        self._empty: set[int] = set()  # seats that wait for their next worker
         self._tasks: list[asyncio.Task[None]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._moves: list[asyncio.Future[None]] = []
@@ -362,12 +363,17 @@ class Workers:
 
     async def _rest(self, number: int, pause: float) -> None:
         """Leave a seat empty; what is asked meanwhile is the others'."""
-        for listener in self._listeners.values():
-            listener.shared[number].close()
+        self._empty.add(number)
+        self._close_empty()
         await self._ended_within(pause)
         while not self._end.is_set() and (why := self._bind_again(number)):
             log.error("worker %d does not get its sockets back: %s", number, why)
             await self._ended_within(PAUSES[-1])
+
+    def _close_empty(self) -> None:
+        for listener in self._listeners.values():
+            for number in self._empty:
+                listener.shared[number].close()
 
     async def _ended_within(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -381,6 +387,7 @@ class Workers:
                     listener.bind_again(number)
                 except OSError as e:
                     return f"{listener.place}: {e.strerror or e}"
+        self._empty.discard(number)
         return ""
 
     def _leave(self, worker: Worker) -> None:
@@ -410,6 +417,7 @@ class Workers:
         """Have a Corefile served that was found good here. Raises ConfigError if at the start
         one of them cannot; later such a one is replaced."""
         self._listeners = listeners
+        self._close_empty()
         numbers = self._carry(list(dict.fromkeys(registries)))
         self._orders += 1
         self._order = Order(self._orders, conf, text, dns_port, numbers)

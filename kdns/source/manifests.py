@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import msgspec
 import yaml
 
 from kdns.errors import Unreachable
@@ -22,11 +23,13 @@ from kdns.metrics import Metrics
 from kdns.registry.manifests import Compiled, Document, compile_manifests
 from kdns.registry.objects import ENDPOINT_SLICE, NAMESPACE, NODE, POD, SERVICE, SERVICE_IMPORT
 from kdns.registry.spec import ManifestSpec
+from kdns.runtime import leave_alone, without_collections
 from kdns.source.sink import Sink, Tally, log
 
 SUFFIXES = (".yaml", ".yml", ".json")
 MAX_FILE = 64 << 20  # octets; a dump of 10,000 Services is some 20 MiB
 MAX_DEPTH = 100  # of nested YAML; libyaml's composer overruns the stack at some 10,000
+MUCH = 1 << 20  # octets; what takes less time to read holds nothing up
 # What is surely not nested too deep: marks and spaces before a line, brackets in a document.
 MAX_FLAT_LINE, MAX_FLAT_FLOW = 24, 25
 MAX_NODES = 20_000_000  # a file may expand to by its aliases ("billion laughs")
@@ -34,6 +37,7 @@ MAX_FILES = 10_000  # a folder given by mistake, such as /, is not read to its e
 
 # Other line breaks than \n, and encodings other than UTF-8: what _is_flat() does not know.
 _BREAKS_LINES = re.compile(rb"[\r\x00]|\xc2\x85|\xe2\x80[\xa8\xa9]|\A(?:\xff\xfe|\xfe\xff)")
+_ALIAS = re.compile(rb"(?:\A|[\s\[{,:])\*")
 _DEEP_LINE = re.compile(rb"^(?:[ \t]|[-?:][ \t]){%d}" % MAX_FLAT_LINE, re.MULTILINE)
 
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -65,9 +69,11 @@ class _Look:
 
     unknown -- paths of which it is not known what they would hold, and why
     broken  -- files that have just been found broken, and why
+    octets  -- of all files that were read
     """
 
     changed: bool = False
+    octets: int = 0
     unknown: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
 
@@ -89,14 +95,20 @@ class ManifestSource:
             # In a thread: reading must not hold up answers.
             look, compiled = await asyncio.to_thread(self._look_and_compile)
             self._tell(look, compiled)
+            # What the registry has no use for goes object by object, as it is taken over.
+            del look, compiled
             await asyncio.sleep(self._spec.interval)
 
     def _look_and_compile(self) -> tuple[_Look, Compiled | None]:
-        look = self._look()
-        if not look.changed and self._told:
-            return look, None
-        documents = [doc for path in sorted(self._files) for doc in self._files[path].documents]
-        return look, compile_manifests(documents, self._spec)
+        with without_collections():
+            look = self._look()
+            if not look.changed and self._told:
+                return look, None
+            documents = [doc for path in sorted(self._files) for doc in self._files[path].documents]
+            compiled = compile_manifests(documents, self._spec)
+            if look.octets > MUCH:
+                leave_alone()
+            return look, compiled
 
     def _tell(self, look: _Look, compiled: Compiled | None) -> None:
         for text in look.broken:
@@ -177,6 +189,10 @@ class ManifestSource:
             documents = known.documents
         self._files[path] = _File(stamp, documents)
         look.changed = True
+        look.octets += len(content)
+        if documents is not known.documents:
+            while known.documents:  # one by one: all at once would hold up answers
+                known.documents.pop()
 
 
 def files_below(path: str) -> Iterator[str]:
@@ -196,6 +212,9 @@ def parse_documents(path: str, content: bytes) -> list[Document]:
     """Return the documents of a file. Raises ValueError: "FILE:LINE: what is wrong"."""
     if path.endswith(".json"):
         try:
+            items = _items(content) if len(content) > MUCH else None
+            if items is not None:
+                return [Document(f"{path}:1", item) for item in items]
             return [Document(f"{path}:1", json.loads(content))]
         except json.JSONDecodeError as e:
             raise ValueError(f"{path}:{e.lineno}: not JSON: {e.msg}") from None
@@ -227,6 +246,23 @@ def parse_documents(path: str, content: bytes) -> list[Document]:
     return documents
 
 
+class _List(msgspec.Struct):
+    kind: str
+    items: list[msgspec.Raw]
+
+
+def _items(content: bytes) -> list[Any] | None:
+    """Return the items of a long List, read one by one so that other threads get their turn;
+    None where this finds none: it is to be read in another way."""
+    try:
+        found = msgspec.json.decode(content, type=_List)
+        if found.kind != "List":
+            return None
+        return [msgspec.json.decode(one) for one in found.items]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
 class _BadShape(ValueError):
     """Nested too deep, or grown without bound by aliases."""
 
@@ -255,9 +291,7 @@ def _is_flat(content: bytes) -> bool:
     line, and there are at most two in one column: with fewer than 24 of these in every line some
     70 are open. The rest may be in flow style.
     """
-    if (b"*" in content and b"&" in content) or _BREAKS_LINES.search(content):
-        return False
-    if _DEEP_LINE.search(content):
+    if any(mark.search(content) for mark in (_ALIAS, _BREAKS_LINES, _DEEP_LINE)):
         return False
     # A line that begins with --- ends a document, and all that is open in it.
     return all(

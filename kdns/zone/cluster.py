@@ -11,7 +11,7 @@ import ipaddress
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from kdns.dns.name import name_of
 from kdns.dns.reverse import IN_ADDR, IP6_ARPA, reverse_name
@@ -30,7 +30,7 @@ from kdns.zone.records import (
 )
 
 POD = b"pod"
-OWN_NAMES = (b"dns", b"dns-version")  # the zone's own, beside these two
+DNS = b"dns"  # ns.dns is the zone's own name server
 SOA_DEP = "soa"  # every answer with the zone's SOA in it depends on the serial
 # What hints in answers depend on besides: which namespaces there are; ("names", namespace):
 # which Services it has, ("imports", namespace): which ServiceImports; ("named", name): which
@@ -38,6 +38,7 @@ SOA_DEP = "soa"  # every answer with the zone's SOA in it depends on the serial
 NAMESPACES_DEP = ("namespaces",)
 # Namespaces with a Service of the same name that are looked at for a hint.
 PLACES = 8
+STEP = 500  # entries that are let go at one go
 Dep: TypeAlias = Hashable
 ServiceKey: TypeAlias = tuple[bytes, bytes]  # namespace, name: lower case
 
@@ -330,6 +331,16 @@ class ClusterRecords:
             deps.append(("pod", ip))
         return deps
 
+    def dissolve(self) -> Iterator[None]:
+        """Let go of everything, in steps: at once it would take longer than answers may wait.
+        Nobody may ask any more."""
+        tables: list[dict[Any, Any]] = [self._by_address]
+        for table in [*tables, *self._services.values(), *self._imports.values()]:
+            while table:
+                for _ in range(min(STEP, len(table))):
+                    table.popitem()
+                yield
+
     # --- looking up -------------------------------------------------------------------
 
     def lookup(self, labels: list[bytes]) -> Found:
@@ -339,7 +350,7 @@ class ClusterRecords:
             return EMPTY, ()
         kind = labels[-1]
         if kind != SVC and kind != POD:
-            if self.options.strict and kind == b"dns" and n == 1:
+            if self.options.strict and kind == DNS and n == 1:
                 return EMPTY, ()  # RFC 8020: ns.dns exists below it
             return MISSING, ()
         if n == 1:
@@ -367,7 +378,7 @@ class ClusterRecords:
         n = len(labels)
         kind = labels[-1]
         if kind != SVC and kind != POD:
-            return 0 if kind in OWN_NAMES else 1
+            return 0 if kind == DNS else 1
         if n > 1 and not self._namespaces.get(labels[-2]):
             return 2
         if kind == SVC and n > 2 and (n < 6 or self.options.zonal):
