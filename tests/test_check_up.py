@@ -64,6 +64,34 @@ def test_a_running_kdns_that_is_well(tmp_path: Path) -> None:
         assert "dns" in told["checked"]
 
 
+def test_the_api_alone_leads_to_its_dns_servers(tmp_path: Path) -> None:
+    """They are the endpoints of Service kube-dns; a simulated Pod among them does not answer."""
+    (tmp_path / "set-up.yaml").write_text(UP_NODE + COREDNS)
+    with Up("-f", tmp_path) as up:
+        until("the Pod is an endpoint", lambda: "10.244." in up.kubectl(
+            "-n", "kube-system", "get", "endpointslices", "-o", "yaml"
+        ))  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "kdns", "check", "--kubeconfig", str(up.facts["kubeconfig"]),
+             "-o", "json", "--settle", "0"],
+            capture_output=True, text=True, cwd=PROJECT, timeout=60, check=False,
+        )  # fmt: skip
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["findings"]) == (0, []), told
+    assert f"of 127.0.0.1:{up.dns_port}" in told["checked"]["dns"]
+    assert any("does not reach" in one for one in told["notes"])
+    assert not any("multicluster" in one for one in told["notes"])
+
+
+COREDNS = """
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: coredns, namespace: kube-system, labels: {k8s-app: kube-dns}}
+spec: {containers: [{name: c, image: example, ports: [{containerPort: 53}]}]}
+"""
+
+
 def test_a_corefile_that_answers_otherwise_is_found(tmp_path: Path) -> None:
     (tmp_path / "set-up.yaml").write_text(HEALTHY)
     (tmp_path / "Corefile").write_text(

@@ -171,7 +171,7 @@ def _ask_dns(
     if shown.corefile is not None:
         yield from check_resolvers(shown.corefile, sight.read_resolvers(evidence, shown.corefile))
     servers, guessed = _servers_of(evidence, wishes)
-    if not servers:
+    if not servers and not guessed:
         if evidence.origin != "manifests":
             yield finding(
                 "dns-not-asked", "DNS", "no DNS server is known",
@@ -185,9 +185,10 @@ def _ask_dns(
         notes.append(f"DNS was asked {sight.MOST_QUESTIONS} of {len(questions)} questions")
     answers = sight.ask_servers([*servers, *guessed], questions)
     found = [sight.place_of(one) for one in guessed]
-    # Endpoints beside a server that was reached: Pods' addresses say nothing from outside.
+    # Beside a server that was reached, and from a host that is no node, Pods' addresses that do
+    # not answer say nothing.
     silent = [one for one in found if not any(answer.rcode for answer in answers[one].values())]
-    if servers and silent:
+    if silent and (servers or (evidence.kernel is None and len(silent) < len(found))):
         answers = {place: one for place, one in answers.items() if place not in silent}
         notes.append(f"DNS at {few(silent)}: endpoints of kube-dns that this host does not reach")
     yield from check_dns(expected, Replies(answers, found, _hidden(evidence), shown.before))

@@ -267,7 +267,7 @@ def decode_status(
         return Denied(f"{text}; the credentials were not accepted")
     if code == 403:
         return Denied(f"{text}; the account needs `list` and `watch` on it (see deploy/)")
-    if code == 404:
+    if code == 404 and not (status.message or "").endswith('" not found'):  # not one object
         text += "; for `multicluster` the server needs the CRD of ServiceImport v1alpha1"
     if retry_after is None and status.details is not None:
         retry_after = status.details.retry_after_seconds
