@@ -183,10 +183,12 @@ def wait_answering(
     asked = question(name)
     until = time.monotonic() + 120
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        # Connected, it hears at once that nobody listens yet.
+        sock.connect(("127.0.0.1", port))
         sock.settimeout(0.2)
         while time.monotonic() < until and process.poll() is None:
             with contextlib.suppress(OSError):
-                sock.sendto(asked, ("127.0.0.1", port))
+                sock.send(asked)
                 answer = sock.recv(512)
                 if answer[:2] == asked[:2] and answer[3] & 15 == 0:
                     return

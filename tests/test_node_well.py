@@ -172,6 +172,21 @@ def test_a_name_leads_to_where_packets_go(well: NodeSite) -> None:
     assert (reply.who, reply.masqueraded) == ("pod-a", True)
 
 
+def test_what_it_does_not_hold_it_does_not_know(well: NodeSite) -> None:
+    """Its registry has no Pods: that none fits a selector would be a guess."""
+    well.put(
+        *SPACES, *kube_dns(pod_dns(4), pod_dns(6)), *WEB, service("empty", selector={"app": "x"})
+    )
+    name = "empty.default.svc.cluster.local."
+    until("it is a name", lambda: well.ask("client", VIP[4], name) != "NXDOMAIN", SETTLE)
+    code, told = kdns(well, "trace", "empty:80")
+    assert (code, told["end"]["finding"]) == (1, "no-endpoints")
+    assert "this kdns holds no Pods" in told["end"]["text"]
+    assert "get pods -l app=x --show-labels" in told["end"]["advice"]
+    well.put(*SPACES, *kube_dns(pod_dns(4), pod_dns(6)), *WEB)
+    until("it is none", lambda: well.ask("client", VIP[4], name) == "NXDOMAIN", SETTLE)
+
+
 def test_check_has_nothing_to_say_of_it(well: NodeSite) -> None:
     code, told = kdns(well, "check")
     faults = [one for one in told["findings"] if one["id"] != "mode-not-compared"]

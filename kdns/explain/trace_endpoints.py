@@ -423,6 +423,13 @@ def _why_no_pod(evidence: Evidence, service: Service, selector: Mapping[str, str
             f"no Pod in {namespace} has {wanted}; the nearest, {nearest}, {differs}",
             f"make the selector of Service {key} and the labels of the Pods the same",
         )
+    if evidence.origin == "kdns" and not evidence.snapshot.pods:
+        return Finding(
+            "no-endpoints",
+            f"Service {key} has no endpoints; whether Pods have {wanted} is not known here: this"
+            " kdns holds no Pods",
+            f"kubectl -n {namespace} get pods -l {wanted} --show-labels",
+        )
     known = "" if evidence.snapshot.pods.get(namespace) else f" (no Pod in {namespace} is known)"
     return Finding(
         "selector-matches-nothing",
