@@ -133,6 +133,19 @@ async def test_a_wildcard_socket_answers_from_the_address_that_was_asked(address
 
 
 @pytest.mark.asyncio
+async def test_what_came_before_the_end_is_answered() -> None:
+    """A reload or an end closes the socket: what lies in its queue would be lost."""
+    asker = None
+    async with listening("127.0.0.1") as port:
+        asker = client("127.0.0.1", "127.0.0.1", port)
+        for qid in range(10):
+            asker.send(asked(qid, qid))  # the loop gets no turn
+    got = [parse_message(await read(asker)).id for _ in range(10)]
+    assert sorted(got) == list(range(10))
+    asker.close()
+
+
+@pytest.mark.asyncio
 async def test_an_asker_that_has_gone_costs_the_others_nothing() -> None:
     """Its port answers with an ICMP error, which the socket reports on a later call."""
     async with listening("127.0.0.1") as port:

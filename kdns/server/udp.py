@@ -55,8 +55,9 @@ class UdpListener:
         self._loop.add_reader(sock.fileno(), self._drain)
 
     def close(self) -> None:
-        """Stop reading and close the socket."""
+        """Answer what has come, stop reading and close the socket."""
         if self.sock.fileno() >= 0:
+            self._drain()
             self._loop.remove_reader(self.sock.fileno())
             self.sock.close()
 
