@@ -292,7 +292,11 @@ def goals(results: Results) -> Iterator[tuple[str, str, str, str]]:
         pairs = zip(mine.of(figure), theirs.of(figure), strict=True)
         middle = statistics.median([m / t for m, t in pairs])
         met = middle >= value if bound == "at least" else middle <= value
-        yield what, goal, ratio(mine.of(figure), theirs.of(figure)), "met" if met else "missed"
+        measured = ratio(mine.of(figure), theirs.of(figure))
+        limit = results.at("echo", load)
+        if not met and figure == "rate" and peer != "echo" and limit is not None:
+            measured += f"; the echo: {ratio(limit.rates, theirs.rates)}"
+        yield what, goal, measured, "met" if met else "missed"
     if "kdns" in results.overhead:
         middle = statistics.median(results.overhead["kdns"]) * 1e6
         yield ("forwarding, p50 over asking the upstream directly", "under 150 µs",
