@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TextIO
 
 from kdns.control import Facts, facts_of, serving_control
 from kdns.errors import ConfigError, KdnsError, Problem
@@ -35,7 +36,7 @@ from kdns.logs import JsonFormatter, setup_logging
 from kdns.metrics import Metrics
 from kdns.pipeline import Pipeline, Words, gauge_draining, gauge_revisions
 from kdns.proxy import config as settings
-from kdns.proxy.config import LocalAddress, Mode, ProxyConfig
+from kdns.proxy.config import LocalAddress, Mode, ProxyConfig, Read
 from kdns.proxy.drain import LOOK, Drain, Place, Policy
 from kdns.proxy.flags import Parsed, parse_flags, settle
 from kdns.proxy.health import NodeHealth, Times, health_check_ports
@@ -827,8 +828,8 @@ PROGRAMS: Mapping[Mode, Mapping[Family, str]] = {
 # --- entry points of the command line --------------------------------------------------------
 
 
-def command(parsed: Parsed) -> int:
-    """Do what `kdns proxy` was told to; return the exit code. Raises KdnsError."""
+def read_settings(parsed: Parsed) -> Read:
+    """Return what flags and configuration file come to. Raises ConfigError."""
     read = None
     if parsed.config_path:
         try:
@@ -837,14 +838,24 @@ def command(parsed: Parsed) -> int:
             why = getattr(e, "strerror", None) or str(e)
             raise ConfigError([Problem(parsed.config_path, 0, f"cannot be read: {why}")]) from None
         read = settings.parse_config(text, parsed.config_path)
-    settled = settle(parsed, read)
-    relaying = _relaying(parsed, settled.config)
-    handler = setup_logging(sys.stderr if parsed.dry_run else sys.stdout)
+    return settle(parsed, read)
+
+
+def start_log(settled: Read, stream: TextIO, log: logging.Logger = log) -> None:
+    """Log to `stream` in the format that is wanted, what is to be known of the flags first."""
+    handler = setup_logging(stream)
     if settled.config.logging.format == "json":
         handler.setFormatter(JsonFormatter())
     for warning in settled.warnings:
         log.warning("%s", replace(warning, warning=False))  # the line says so itself
+
+
+def command(parsed: Parsed) -> int:
+    """Do what `kdns proxy` was told to; return the exit code. Raises KdnsError."""
+    settled = read_settings(parsed)
     config = settled.config
+    relaying = _relaying(parsed, config)
+    start_log(settled, sys.stderr if parsed.dry_run else sys.stdout)
     if parsed.write_config_to:
         try:
             Path(parsed.write_config_to).write_text(settings.render_yaml(config), encoding="utf-8")

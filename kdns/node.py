@@ -30,20 +30,21 @@ from kdns.agent import (
     check_permission,
     families_here,
     host_name,
+    read_settings,
+    start_log,
 )
 from kdns.app import App
 from kdns.control import ControlServer, facts_of
 from kdns.errors import ConfigError, KdnsError, Problem
 from kdns.kernel import dnspath, modes
 from kdns.kernel.dnspath import NO_VIP_MODES, DnsPath
-from kdns.logs import JsonFormatter, setup_logging
 from kdns.metrics import Metrics
 from kdns.pipeline import Pipeline
 from kdns.plugins.plugin import HttpRoute, Probe
 from kdns.proxy import config as settings
 from kdns.proxy.config import ProxyConfig
 from kdns.proxy.drain import Policy
-from kdns.proxy.flags import Parsed, settle
+from kdns.proxy.flags import Parsed
 from kdns.registry.spec import KubeSpec, ManifestSpec
 from kdns.runtime import collect_rarely, raise_file_limit, take_turns_often
 from kdns.server.http import HttpServer
@@ -137,7 +138,7 @@ class Node:
 
     def __init__(self, wishes: Wishes) -> None:
         self.wishes = wishes
-        self.config = read_config(wishes.proxy)
+        self.config = read_settings(wishes.proxy).config
         self.name = settings.node_name(self.config, host_name())
         addresses = addresses_for(wishes, self.config)
         self.app = App(
@@ -318,7 +319,8 @@ class Node:
     async def _run_agent(self) -> str:
         """Run an agent to its end; return why it ended."""
         try:
-            config = read_config(self.wishes.proxy)  # a change of it has ended the one before
+            # A change of it has ended the one before.
+            config = read_settings(self.wishes.proxy).config
             if config.mode != self.config.mode:
                 self._why = f"the mode is {config.mode} now; leaving, to be started with it"
                 self.stop()
@@ -459,33 +461,10 @@ def check_corefile(path: str) -> None:
     build_site(corefile, problems, Metrics())
 
 
-def read_config(parsed: Parsed) -> ProxyConfig:
-    """Return the configuration that kube-proxy's flags and file make. Raises ConfigError."""
-    return _settled(parsed)[0]
-
-
-def _settled(parsed: Parsed) -> tuple[ProxyConfig, tuple[Problem, ...]]:
-    read = None
-    if parsed.config_path:
-        try:
-            text = Path(parsed.config_path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            why = getattr(e, "strerror", None) or str(e)
-            raise ConfigError([Problem(parsed.config_path, 0, f"cannot be read: {why}")]) from None
-        read = settings.parse_config(text, parsed.config_path)
-    settled = settle(parsed, read)
-    return settled.config, settled.warnings
-
-
 def command(wishes: Wishes) -> int:
     """Run until a signal comes; return the exit code. Raises KdnsError."""
     collect_rarely()
-    config, warnings = _settled(wishes.proxy)
-    handler = setup_logging(sys.stdout)
-    if config.logging.format == "json":
-        handler.setFormatter(JsonFormatter())
-    for warning in warnings:
-        log.warning("%s", replace(warning, warning=False))  # the line says so itself
+    start_log(read_settings(wishes.proxy), sys.stdout, log)
     if wishes.proxy.cleanup:
         check_permission()
         asyncio.run(_clean_up())

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from kdns import cli
-from kdns.node import COREFILE, Wishes, addresses_for, corefile_for, leading_back, read_config
+from kdns.agent import read_settings
+from kdns.node import COREFILE, Wishes, addresses_for, corefile_for, leading_back
 from kdns.node_command import split_flags
 from kdns.proxy.flags import parse_flags
 
@@ -79,7 +80,7 @@ def test_help_names_the_flags_of_both(capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_mode_decides_whose_the_clusters_address_is(
     flags: list[str], addresses: tuple[str, ...]
 ) -> None:
-    assert addresses_for(Wishes(), read_config(parse_flags(flags))) == addresses
+    assert addresses_for(Wishes(), read_settings(parse_flags(flags)).config) == addresses
 
 
 def test_the_corefile_of_a_node_is_well(tmp_path: Any) -> None:

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 import kdns
-from kdns.node import Wishes, addresses_for, read_config
+from kdns.agent import read_settings
+from kdns.node import Wishes, addresses_for
 from kdns.proxy.flags import parse_flags
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
@@ -113,7 +114,7 @@ def test_it_understands_its_command_line_and_configuration(tmp_path: Path) -> No
 
     written = tmp_path / "config.conf"
     written.write_text(DATA["config.conf"])
-    config = read_config(parse_flags([f"--config={written}", "--hostname-override=node1"]))
+    config = read_settings(parse_flags([f"--config={written}", "--hostname-override=node1"])).config
     assert config.hostname_override == "node1"
     assert config.cluster_cidrs
     assert config.client.kubeconfig == f"{mounts['config']}/kubeconfig.conf"

@@ -27,7 +27,7 @@ from kdns.explain.check_kernel import IPVS_INTERFACE, HeldIpvs, Seen, Wanted
 from kdns.explain.evidence import Evidence
 from kdns.kernel.ipvs_netlink import addresses_by_place, held_servers
 from kdns.kernel.netlink import node_addresses
-from kdns.kernel.programs import Variant, find_variants, path_of, run_program, which
+from kdns.kernel.programs import find_variants, path_of, read_saved, run_program, which
 from kdns.kernel.sysctl import is_tcp_liberal
 from kdns.metrics import Metrics
 from kdns.plugins import ORDER
@@ -70,18 +70,7 @@ ZONE: Final = "cluster.local."
 async def see_kernel(mode: Mode, written: bool, families: Collection[Family] = FAMILIES) -> Seen:
     """Return all rules of this network namespace, whoever wrote them. Raises ApplyError where
     they may not be read."""
-    saved: dict[Variant, dict[Family, str]] = {}
-    for family in families:
-        for variant, programs in (await find_variants(family)).items():
-            try:
-                output = await programs.save()
-            except ApplyError as e:
-                if "ermi" in e.stderr:  # not permitted, permission denied
-                    raise
-                continue  # a kernel without this variant: it holds nothing there
-            with output:
-                text = output.read().decode("utf-8", "replace")
-            saved.setdefault(variant, {})[family] = text
+    saved = await read_saved(families)
     tables = [await _nft_table(family) for family in families] if which("nft") else []
     ipvs = {}
     if os.path.exists(f"/proc/sys/net/ipv4/conf/{IPVS_INTERFACE}"):

@@ -46,7 +46,7 @@ from kdns.kernel.conntrack import (
 )
 from kdns.kernel.modes import IPVS_INTERFACE, SIGNS
 from kdns.kernel.netlink import NLMSG_DONE, Netfilter, attributes, messages, node_addresses
-from kdns.kernel.programs import Variant, find_variants, path_of, run_program, which
+from kdns.kernel.programs import Variant, path_of, read_saved, run_program, which
 from kdns.proxy.config import Mode, ProxyConfig, parse_config
 from kdns.proxy.conntrack import Flow
 from kdns.proxy.flags import parse_flags, settle
@@ -631,19 +631,7 @@ async def read_kernel(families: Collection[Family] | None = None) -> KernelEvide
     """Return what the kernel of this network namespace holds for Services, whoever wrote it;
     None if it holds nothing. Raises ApplyError."""
     families = families_here() if families is None else families
-    by_variant: dict[Variant, dict[Family, str]] = {}
-    for family in families:
-        for variant, programs in (await find_variants(family)).items():
-            try:
-                output = await programs.save()
-            except ApplyError as e:
-                if "ermi" in e.stderr:  # not permitted, permission denied
-                    raise
-                continue  # a kernel without this variant: it holds nothing there
-            with output:
-                by_variant.setdefault(variant, {})[family] = output.read().decode(
-                    "utf-8", "replace"
-                )
+    by_variant = await read_saved(families)
     modes = {variant: _modes_in(texts.values()) for variant, texts in by_variant.items()}
     nft = await _nft_ruleset()
     if nft and any(f"table {_WORD[family]} kube-proxy" in nft for family in families):

@@ -14,7 +14,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, Literal, TypeAlias
 
@@ -192,6 +192,24 @@ async def find_variants(family: Family, prefix: Sequence[str] = ()) -> dict[Vari
         variant, version = parse_version(name, text)
         found.setdefault(variant, Programs(family, variant, version, name, tuple(prefix)))
     return found
+
+
+async def read_saved(families: Iterable[Family]) -> dict[Variant, dict[Family, str]]:
+    """Return what each variant installed holds, as iptables-save prints it, whoever wrote it; a
+    variant that this kernel lacks holds nothing. Raises ApplyError where it may not be read."""
+    saved: dict[Variant, dict[Family, str]] = {}
+    for family in families:
+        for variant, programs in (await find_variants(family)).items():
+            try:
+                output = await programs.save()
+            except ApplyError as e:
+                if "ermi" in e.stderr:  # not permitted, permission denied
+                    raise
+                continue
+            with output:
+                text = output.read().decode("utf-8", "replace")
+            saved.setdefault(variant, {})[family] = text
+    return saved
 
 
 def parse_version(name: str, text: str) -> tuple[Variant, tuple[int, int, int]]:
