@@ -15,12 +15,21 @@ from typing import TypeAlias
 
 import msgspec
 
-from kdns.corefile import Directive, Option, nearest
+from kdns.corefile import Directive, Option
 from kdns.dns import types as t
 from kdns.dns.message import Query, Reply, reply_size
-from kdns.dns.name import ROOT, is_subdomain, render_name
+from kdns.dns.name import render_name
 from kdns.dns.text import render_rdata
-from kdns.plugins.log import ALL, CLASSES, ERROR, RESPONSE_CLASS, answer_flags, response_type
+from kdns.plugins.log import (
+    CLASSES,
+    Rule,
+    answer_flags,
+    chosen_classes,
+    on_each_repeat,
+    read_words,
+    rule_for,
+    scopes_of,
+)
 from kdns.plugins.plugin import Feed, Plugin, Work
 from kdns.plugins.setup import Setup
 from kdns.registry.clients import Clients
@@ -247,23 +256,10 @@ def show(query: Query, reply: Reply | None, form: EventForm, seconds: float, wri
         def repeat(client: Client, qid: int, seconds: float) -> None:
             write(event.line(client, qid, seconds))
 
-        if reply.on_repeat is None:
-            reply.on_repeat = []
-        reply.on_repeat.append(repeat)
+        on_each_repeat(reply, repeat)
 
 
 # --- the plugin ---------------------------------------------------------------------------
-
-
-class Rule:
-    """Which names and classes of answers are logged, and how. classes None: all."""
-
-    __slots__ = ("classes", "form", "scope")
-
-    def __init__(self, scope: bytes, form: EventForm, classes: frozenset[str] | None) -> None:
-        self.scope = scope
-        self.form = form
-        self.classes = classes
 
 
 class KdnsLog(Plugin):
@@ -274,7 +270,7 @@ class KdnsLog(Plugin):
 
     word = "kdns_log"
 
-    def __init__(self, cx: Setup, clients: Clients, rules: Sequence[Rule]) -> None:
+    def __init__(self, cx: Setup, clients: Clients, rules: Sequence[Rule[EventForm]]) -> None:
         # Lines that are JSON already: no level, no name in front (logs.py).
         self._write: Write = cx.log.getChild("queries").info
         self._clock = cx.clock
@@ -292,24 +288,15 @@ class KdnsLog(Plugin):
         return () if self._source is None else (Feed(self._source, self._clients.publish),)
 
     def on_reply(self, query: Query, reply: Reply) -> Reply:
-        rule = self._rule(query, reply)
+        rule = rule_for(self._rules, query, reply)
         if rule is not None:
             show(query, reply, rule.form, self._clock() - query.received, self._write)
         return reply
 
     def on_drop(self, query: Query) -> None:
-        rule = self._rule(query, None)
+        rule = rule_for(self._rules, query, None)
         if rule is not None:
             show(query, None, rule.form, self._clock() - query.received, self._write)
-
-    def _rule(self, query: Query, reply: Reply | None) -> Rule | None:
-        for rule in self._rules:
-            if is_subdomain(query.key, rule.scope):
-                if rule.classes is None:
-                    return rule
-                found = RESPONSE_CLASS.get(response_type(query, reply), ERROR)
-                return rule if found in rule.classes else None
-        return None
 
 
 # --- the Corefile -------------------------------------------------------------------------
@@ -318,7 +305,7 @@ class KdnsLog(Plugin):
 def setup(directives: list[Directive], cx: Setup) -> list[Plugin]:
     """`kdns_log json [NAMES...] { class success|denial|error|all... ; fields FIELD... }`, any
     number of times"""
-    rules: list[Rule] = []
+    rules: list[Rule[EventForm]] = []
     clients = Clients()
     for directive in directives:
         args = directive.args
@@ -333,9 +320,7 @@ def setup(directives: list[Directive], cx: Setup) -> list[Plugin]:
             continue
         classes, fields = _read_options(directive.options or (), cx)
         form = EventForm(cx.facts.label, cx.wall, cx.clock, clients.pod_at, fields)
-        names = args[1:]
-        scopes = [zone for name in names for zone in cx.zone(name)] if names else [ROOT]
-        rules += [Rule(scope, form, classes) for scope in scopes]
+        rules += [Rule(scope, form, classes) for scope in scopes_of(args[1:], cx)]
     return [KdnsLog(cx, clients, rules)]
 
 
@@ -346,27 +331,12 @@ def _read_options(
     fields: frozenset[str] = frozenset()
     for option in options:
         if option.name == "class":
-            classes |= _words(option, CLASSES, "class", cx)
+            classes |= read_words(option, CLASSES, "class", cx)
         elif option.name == "fields":
-            fields |= _words(option, FIELDS, "field", cx)
+            fields |= read_words(option, FIELDS, "field", cx)
         else:
             cx.unknown_option(option, OPTIONS)
     return (
-        classes if classes and ALL not in classes else None,
+        chosen_classes(classes),
         fields or frozenset(FIELDS),
     )
-
-
-def _words(option: Option, known: Sequence[str], what: str, cx: Setup) -> frozenset[str]:
-    found = set()
-    if cx.arg_count(option, 1):
-        for token in option.args:
-            if token.text in known:
-                found.add(token.text)
-            else:
-                cx.problems.error(
-                    token,
-                    f"invalid {what}: {token}"
-                    + (nearest(token.text, known) or f" (known: {', '.join(known)})"),
-                )
-    return frozenset(found)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
-from kdns.corefile import Directive, Token, nearest
+from kdns.corefile import Directive, Option, Token, nearest
 from kdns.dns import types as t
 from kdns.dns.message import (
     AA,
@@ -132,6 +133,7 @@ FIXED: dict[str, Callable[[Query, Reply | None], str]] = {
 }
 
 Client = tuple[str, int]
+Form = TypeVar("Form")  # what a line looks like
 
 
 def _remote(client: Client, qid: int, seconds: float) -> str:
@@ -202,15 +204,34 @@ class Format:
         return "".join(pieces)
 
 
-class Rule:
+class Rule(Generic[Form]):
     """Which names and classes of answers are logged, and how. classes None: all."""
 
-    __slots__ = ("classes", "format", "scope")
+    __slots__ = ("classes", "form", "scope")
 
-    def __init__(self, scope: bytes, format: Format, classes: frozenset[str] | None) -> None:
+    def __init__(self, scope: bytes, form: Form, classes: frozenset[str] | None) -> None:
         self.scope = scope
-        self.format = format
+        self.form = form
         self.classes = classes
+
+
+def rule_for(rules: Sequence[Rule[Form]], query: Query, reply: Reply | None) -> Rule[Form] | None:
+    """Return the first rule whose scope holds the name, if it logs this kind of answer."""
+    for rule in rules:
+        if is_subdomain(query.key, rule.scope):
+            classes = rule.classes
+            if classes is None:
+                return rule
+            found = RESPONSE_CLASS.get(response_type(query, reply), ERROR)
+            return rule if found in classes else None
+    return None
+
+
+def on_each_repeat(reply: Reply, call: Callable[[Client, int, float], None]) -> None:
+    """Have `call` told of each time that a reply which may be said again is."""
+    if reply.on_repeat is None:
+        reply.on_repeat = []
+    reply.on_repeat.append(call)
 
 
 class Log(Plugin):
@@ -219,17 +240,17 @@ class Log(Plugin):
     word = "log"
 
     def __init__(
-        self, log: logging.Logger, clock: Callable[[], float], rules: Sequence[Rule]
+        self, log: logging.Logger, clock: Callable[[], float], rules: Sequence[Rule[Format]]
     ) -> None:
         self._info = log.info
         self._clock = clock
         self._rules = tuple(rules)
 
     def on_reply(self, query: Query, reply: Reply) -> Reply:
-        rule = self._rule(query, reply)
+        rule = rule_for(self._rules, query, reply)
         if rule is None:
             return reply
-        form = rule.format
+        form = rule.form
         pieces = form.fix(query, reply)
         info = self._info
         info(form.fill(pieces, query.client, query.id, self._clock() - query.received))
@@ -238,27 +259,15 @@ class Log(Plugin):
             def repeat(client: Client, qid: int, seconds: float) -> None:
                 info(form.fill(pieces, client, qid, seconds))
 
-            if reply.on_repeat is None:
-                reply.on_repeat = []
-            reply.on_repeat.append(repeat)
+            on_each_repeat(reply, repeat)
         return reply
 
     def on_drop(self, query: Query) -> None:
-        rule = self._rule(query, None)
+        rule = rule_for(self._rules, query, None)
         if rule is not None:
-            form = rule.format
+            form = rule.form
             seconds = self._clock() - query.received
             self._info(form.fill(form.fix(query, None), query.client, query.id, seconds))
-
-    def _rule(self, query: Query, reply: Reply | None) -> Rule | None:
-        for rule in self._rules:
-            if is_subdomain(query.key, rule.scope):
-                classes = rule.classes
-                if classes is None:
-                    return rule
-                found = RESPONSE_CLASS.get(response_type(query, reply), ERROR)
-                return rule if found in classes else None
-        return None
 
 
 # --- the Corefile -------------------------------------------------------------------------
@@ -266,7 +275,7 @@ class Log(Plugin):
 
 def setup(directives: list[Directive], cx: Setup) -> list[Plugin]:
     """`log [NAMES...] [FORMAT] { class success|denial|error|all... }`, any number of times"""
-    rules: list[Rule] = []
+    rules: list[Rule[Format]] = []
     for directive in directives:
         names, text = _split_args(directive.args, cx)
         form = Format(text, _local(cx))
@@ -277,8 +286,7 @@ def setup(directives: list[Directive], cx: Setup) -> list[Plugin]:
                 + nearest(unknown, [*FIXED, *VARYING, "{local}", "{common}", "{combined}"]),
             )
         classes = _classes(directive, cx)
-        scopes = [zone for name in names for zone in cx.zone(name)] if names else [ROOT]
-        rules += [Rule(scope, form, classes) for scope in scopes]
+        rules += [Rule(scope, form, classes) for scope in scopes_of(names, cx)]
     return [Log(cx.log, cx.clock, rules)]
 
 
@@ -300,21 +308,37 @@ def _local(cx: Setup) -> str:
     return host or "[::]"
 
 
+def scopes_of(names: Sequence[Token], cx: Setup) -> list[bytes]:
+    """Return the zones that names stand for; without any, all there is."""
+    return [zone for name in names for zone in cx.zone(name)] if names else [ROOT]
+
+
 def _classes(directive: Directive, cx: Setup) -> frozenset[str] | None:
-    found: set[str] = set()
+    found: frozenset[str] = frozenset()
     for option in directive.options or ():
         if option.name != "class":
             cx.unknown_option(option, ("class",))
             continue
-        if not cx.arg_count(option, 1):
-            continue
+        found |= read_words(option, CLASSES, "class", cx)
+    return chosen_classes(found)
+
+
+def chosen_classes(found: frozenset[str]) -> frozenset[str] | None:
+    """Return the classes that are logged; None: all."""
+    return found if found and ALL not in found else None
+
+
+def read_words(option: Option, known: Sequence[str], what: str, cx: Setup) -> frozenset[str]:
+    """Return those of an option's words that are known; the others are reported."""
+    found = set()
+    if cx.arg_count(option, 1):
         for token in option.args:
-            if token.text in CLASSES:
+            if token.text in known:
                 found.add(token.text)
             else:
                 cx.problems.error(
                     token,
-                    f"invalid class: {token}"
-                    + (nearest(token.text, CLASSES) or f" (known: {', '.join(CLASSES)})"),
+                    f"invalid {what}: {token}"
+                    + (nearest(token.text, known) or f" (known: {', '.join(known)})"),
                 )
-    return frozenset(found) if found and ALL not in found else None
+    return frozenset(found)
