@@ -108,7 +108,6 @@ MOST_FLOWS: Final = 20_000
 READ_TIMEOUT: Final = 60.0  # seconds a program may take to print its rules
 API_TIMEOUT: Final = 30.0  # seconds one answer of the API server may take
 CONNECT_TIMEOUT: Final = 5.0
-MAX_ANSWER: Final = 512 << 20  # octets; as in source/kube.py
 _NFGEN: Final = struct.Struct("=BBH")  # struct nfgenmsg
 _PROTOCOLS: Final[Mapping[int, Protocol]] = {6: "tcp", 17: "udp", 132: "sctp"}
 _WORD: Final[Mapping[Family, str]] = {4: "ip", 6: "ip6"}

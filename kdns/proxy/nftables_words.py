@@ -270,17 +270,6 @@ def read_destination(words: Words) -> Destination:
 # --- Rules --------------------------------------------------------------------------------------
 
 
-def read_rule(words: Sequence[str]) -> tuple[tuple[Statement, ...], str]:
-    """Read the words of a rule; return its statements and its comment.
-
-    Raises Wrong, and Unknown for what nft may know better than kdns.
-    """
-    statements, comment, unknown = read_known(words)
-    if unknown is not None:
-        raise unknown
-    return statements, comment
-
-
 def read_known(words: Sequence[str]) -> tuple[tuple[Statement, ...], str, Unknown | None]:
     """Read as far as is known: the last one then says what is not understood."""
     left, statements = Words(words), list[Statement]()

@@ -145,7 +145,6 @@ def _decoders(shape: Callable[[type[Object]], Any]) -> dict[Kind, msgspec.json.D
     return {kind: msgspec.json.Decoder(shape(struct)) for kind, struct in STRUCTS.items()}
 
 
-_ONE = _decoders(lambda struct: struct)
 _PAGE = _decoders(
     lambda struct: msgspec.defstruct(
         f"{struct.__name__}List",
