@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import gc
 import io
 import itertools
@@ -51,7 +52,7 @@ from kdns.proxy.options import NodeView, Options  # noqa: E402
 from kdns.proxy.table import TableCompiler  # noqa: E402
 from kdns.registry.decode import decode_event  # noqa: E402
 from kdns.registry.snapshot import Changes, Snapshot, everything  # noqa: E402
-from kdns.server.datagrams import QUERY_ROOM, SLOTS, Datagrams  # noqa: E402
+from kdns.server.datagrams import ID_SIZE, QUERY_AT, REST_AT, SLOTS, Datagrams  # noqa: E402
 from kdns.server.exchange import Exchange  # noqa: E402
 from kdns.server.packetcache import PacketCache  # noqa: E402
 from kdns.server.udp import UdpListener  # noqa: E402
@@ -199,7 +200,7 @@ class Room(Datagrams):
     def receive(self, fd: int) -> list[int]:
         taken, self.came = self.came[:SLOTS], self.came[SLOTS:]
         for slot, datagram in enumerate(taken):
-            at = slot * QUERY_ROOM
+            at = QUERY_AT[slot]
             self.queries[at : at + len(datagram)] = datagram
         return [len(datagram) for datagram in taken]
 
@@ -208,7 +209,9 @@ class Room(Datagrams):
 
     def last(self) -> bytes:
         """Return the answer in the first slot."""
-        return self.answers[: self.sizes[0]].tobytes()
+        at = REST_AT[0]
+        rest = ctypes.string_at(self.vectors[at], self.vectors[at + 1])
+        return self.query(0, ID_SIZE) + rest
 
 
 class Server:

@@ -3,7 +3,9 @@ have given, to this client and now; and it is counted and logged as that one wou
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import socket
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -27,7 +29,7 @@ from kdns.plugins.hosts import Hosts
 from kdns.plugins.kubernetes import Kubernetes
 from kdns.plugins.plugin import Outcome, Plugin
 from kdns.registry.snapshot import Changes, everything
-from kdns.server.datagrams import ANSWER_ROOM, QUERY_ROOM
+from kdns.server.datagrams import ID_SIZE, REST_AT, Datagrams
 from kdns.server.exchange import Exchange
 from kdns.server.packetcache import PacketCache
 from kdns.server.udp import UdpListener
@@ -180,6 +182,23 @@ class World:
         return found
 
 
+class Room(Datagrams):
+    """Room whose answers a server without a socket has sent."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(socket.AF_INET)
+        self.server = server
+
+    def peer(self, slot: int) -> tuple[str, int]:
+        return self.server.client
+
+    def send(self, fd: int, first: int, end: int) -> None:
+        for slot in range(first, end):
+            at = REST_AT[slot]
+            rest = ctypes.string_at(self.vectors[at], self.vectors[at + 1])
+            self.server.sent.append(self.query(slot, ID_SIZE) + rest)
+
+
 class Server(UdpListener):
     """A UDP listener and its server block, without a socket; `cached` False: without a packet
     cache either."""
@@ -193,11 +212,7 @@ class Server(UdpListener):
         self.cached = cached
         self.cache = PacketCache()
         self.cx.metrics.before_scrape.append(self.cache.settle)
-        self._room: Any = self  # with its one slot
-        self.queries = memoryview(bytearray(QUERY_ROOM))
-        self.answers = memoryview(bytearray(ANSWER_ROOM))
-        self.sizes = [0]
-        self.step = 1
+        self._room = self.room = Room(self)
         self.sock: Any = SimpleNamespace(fileno=lambda: 0)
         self.client = CLIENTS[0]
         self.sent: list[bytes] = []
@@ -257,16 +272,6 @@ class Server(UdpListener):
             if isinstance(plugin, Cache):
                 plugin.invalidate(deps)
 
-    def peer(self, slot: int) -> tuple[str, int]:
-        return self.client
-
-    def source(self, slot: int) -> None:
-        return None
-
-    def send(self, fd: int, first: int, end: int) -> None:
-        for _ in range(first, end):
-            self.sent.append(self.answers[: self.sizes[0]].tobytes())
-
     def _send(self, wire: bytes, peer: Any, source: Any) -> None:
         self.sent.append(wire)
 
@@ -275,7 +280,7 @@ class Server(UdpListener):
             self.cache = PacketCache()
         self.sent.clear()
         self.client = client
-        self.queries[: len(wire)] = wire
+        self.room.queries[: len(wire)] = wire
         self._answer([len(wire)])
         assert len(self.sent) < 2
         while self.spawned:

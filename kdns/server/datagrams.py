@@ -1,8 +1,10 @@
 """Many datagrams a system call: Linux's recvmmsg and sendmmsg, through ctypes.
 
 Decides how room for datagrams is laid out in memory and nothing about what is in them. A slot
-holds one datagram that came, whom it came from, and the answer that leaves to the same peer
-(and, where a socket is bound to the wildcard address, from the address that was asked).
+holds one datagram that came, whom it came from, and where the answer is that leaves to the same
+peer (and, where a socket is bound to the wildcard address, from the address that was asked).
+An answer is not copied: the kernel takes its ID from the query and the rest from the octets of
+the answer where they are.
 
 Why not the socket module: a call a datagram each way is a quarter of what an answer from memory
 costs (bench/RESULTS.md, repeated questions).
@@ -17,13 +19,17 @@ import ipaddress
 import socket
 import struct
 import weakref
+from collections.abc import Callable
 from typing import Any, Final
 
 SLOTS: Final = 64
-# Octets of a slot, each way. A query larger than this is no query (CoreDNS reads 512 octets);
-# an answer larger than its slot leaves by itself.
+# Octets of a slot. A query larger than this is no query (CoreDNS reads 512 octets).
 QUERY_ROOM: Final = 2048
-ANSWER_ROOM: Final = 4096
+# Where in `queries` each slot's query begins.
+QUERY_AT: Final = tuple(range(0, SLOTS * QUERY_ROOM, QUERY_ROOM))
+# Where in `vectors` each slot has the address of its answer's rest, behind which is its size.
+REST_AT: Final = tuple(range(2, SLOTS * 4, 4))
+ID_SIZE: Final = 2
 # IP_PKTINFO, which the socket module names from Python 3.14 on.
 IP_PKTINFO: Final = getattr(socket, "IP_PKTINFO", 8)
 
@@ -61,7 +67,6 @@ _sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int
 
 _WORDS: Final = ctypes.sizeof(_Message) // 4
 _SIZE_WORD: Final = _Message.size.offset // 4
-_VECTOR_WORDS: Final = ctypes.sizeof(_Vector) // ctypes.sizeof(ctypes.c_size_t)
 # sockaddr_in and sockaddr_in6: family, port, address (behind the flow label), scope
 _PEER4: Final = struct.Struct("=H2s4s")
 _PEER6: Final = struct.Struct("=H2sI16sI")
@@ -76,13 +81,43 @@ _CONTROL: Final[dict[int, int]] = {
 }
 
 
-class Datagrams:
-    """Room for SLOTS datagrams and their answers. Sockets of one family may share it, one at a
-    time.
+class _Rests(dict[int, Callable[[memoryview, int], tuple[bytes]]]):
+    """Size of a query -> what reads all of it behind the ID, given `queries` and where it
+    begins there."""
 
-    queries -- octets that came: slot i from i * QUERY_ROOM on
-    answers -- octets to send: slot i from i * ANSWER_ROOM on
-    sizes   -- how many of them: set sizes[i * step]
+    def __missing__(self, size: int) -> Callable[[memoryview, int], tuple[bytes]]:
+        made = self[size] = struct.Struct(f"{ID_SIZE}x{max(0, size - ID_SIZE)}s").unpack_from
+        return made
+
+
+REST_OF: Final = _Rests()
+
+
+def _address_reader() -> Callable[[bytes], int]:
+    """Return what says where in memory octets are. CPython keeps them in the object, behind a
+    header of one size; where that is not so, it is asked for each time."""
+
+    def ask(octets: bytes) -> int:
+        return ctypes.cast(ctypes.c_char_p(octets), ctypes.c_void_p).value or 0
+
+    samples = [bytes(range(size)) for size in (3, 40, 200)]
+    headers = {ask(sample) - id(sample) for sample in samples}
+    if len(headers) > 1:
+        return ask
+    (header,) = headers
+    return lambda octets: id(octets) + header
+
+
+address_of: Final = _address_reader()
+
+
+class Datagrams:
+    """Room for SLOTS datagrams and for where their answers are. Sockets of one family may share
+    it, one at a time.
+
+    queries -- octets that came: slot i from QUERY_AT[i] on
+    vectors -- at REST_AT[i] address_of() an answer's octets behind the ID, which must not go
+               away before they are sent, and behind it how many these are
     sourced -- answers leave from the address that was asked (want_source() on each socket)
     """
 
@@ -94,40 +129,43 @@ class Datagrams:
         self._names = bytearray(SLOTS * self._name_room)
         self._controls = bytearray(SLOTS * self._control_room)
         self._queries = bytearray(SLOTS * QUERY_ROOM)
-        self._answers = bytearray(SLOTS * ANSWER_ROOM)
         self.queries = memoryview(self._queries)
-        self.answers = memoryview(self._answers)
         self._into = (_Vector * SLOTS)()
-        self._outof = (_Vector * SLOTS)()
+        self._outof = (_Vector * (2 * SLOTS))()
         self._in = (_Message * SLOTS)()
         self._out = (_Message * SLOTS)()
         self._lay_out()
         self._in_at = ctypes.addressof(self._in)
         self._out_at = ctypes.addressof(self._out)
         self._came = memoryview(self._in).cast("B").cast("I")
-        self.sizes = memoryview(self._outof).cast("B").cast("P")[1:]
-        self.step = _VECTOR_WORDS
+        self.vectors = memoryview(self._outof).cast("B").cast("P")
+        self._held: list[bytes] = []
+        self._sources = memoryview(self._controls).cast("I")
+        self._everywhere = memoryview(bytes(4 * SLOTS)).cast("I")
         # The kernel writes into a header what it got; this is what it must find again.
         self._fresh = bytes(memoryview(self._in).cast("B"))
 
     def _lay_out(self) -> None:
         names, controls = _address(self._names), _address(self._controls)
-        queries, answers = _address(self._queries), _address(self._answers)
+        queries = _address(self._queries)
         for i in range(SLOTS):
             self._into[i] = _Vector(queries + i * QUERY_ROOM, QUERY_ROOM)
-            self._outof[i] = _Vector(answers + i * ANSWER_ROOM, 0)
-            for messages, vectors in ((self._in, self._into), (self._out, self._outof)):
+            self._outof[2 * i] = _Vector(queries + i * QUERY_ROOM, ID_SIZE)
+            ways = ((self._in, self._into[i], 1), (self._out, self._outof[2 * i], 2))
+            for messages, vector, count in ways:
                 header = messages[i].header
                 header.name = names + i * self._name_room
                 header.name_size = self._name_room
-                header.vectors = ctypes.addressof(vectors[i])
-                header.vector_count = 1
+                header.vectors = ctypes.addressof(vector)
+                header.vector_count = count
                 if self._sourced:
                     header.control = controls + i * self._control_room
                     header.control_size = self._control_room
 
     def receive(self, fd: int) -> list[int]:
         """Take what has come, up to SLOTS datagrams; return their sizes in octets."""
+        if self._held:
+            self._held.clear()
         if self._sourced:
             ctypes.memmove(self._in_at, self._fresh, len(self._fresh))
         count = _recvmmsg(fd, self._in_at, SLOTS, socket.MSG_DONTWAIT, None)
@@ -141,15 +179,26 @@ class Datagrams:
         """Make of where datagrams came to where their answers leave from."""
         controls, room = self._controls, self._control_room
         if self._family == socket.AF_INET:
-            for at in range(_CMSG, count * room, room):
-                _, local, address = _PKTINFO4.unpack_from(controls, at)
-                # ipi_spec_dst is the address to send from; the interface is left to routing.
-                _PKTINFO4.pack_into(controls, at, 0, local if any(local) else address, b"")
+            # ipi_spec_dst is the address to send from already; the interface is left to routing.
+            interfaces = slice(_CMSG // 4, count * room // 4, room // 4)
+            self._sources[interfaces] = self._everywhere[:count]
             return
         for at in range(_CMSG, count * room, room):
             # Only a link-local address needs its interface.
             if controls[at] != 0xFE or controls[at + 1] & 0xC0 != 0x80:
                 controls[at + 16 : at + 20] = b"\0\0\0\0"
+
+    def query(self, slot: int, size: int) -> bytes:
+        """Return a slot's datagram."""
+        at = slot * QUERY_ROOM
+        return self.queries[at : at + size].tobytes()
+
+    def put(self, slot: int, wire: bytes) -> None:
+        """Have a slot answered; wire -- all of the answer, with the query's ID"""
+        at = REST_AT[slot]
+        self.vectors[at] = address_of(wire) + ID_SIZE
+        self.vectors[at + 1] = len(wire) - ID_SIZE
+        self._held.append(wire)
 
     def peer(self, slot: int) -> Any:
         """Return whom a slot's datagram came from, as the socket module writes it."""

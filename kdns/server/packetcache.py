@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable
 from typing import TypeAlias
 
 from kdns.dns.message import FOREVER, Lease, Query, Reply
-from kdns.server.datagrams import ANSWER_ROOM
+from kdns.server.datagrams import ID_SIZE, address_of
 from kdns.server.folding import (
     HEADER,
     Template,
@@ -48,15 +48,16 @@ class Entry:
 
     size  -- octets of the whole answer
     wire  -- for `plain` ones: all of it behind the ID
-    plain -- nothing to do for a repeat but to count and send; it fits the room for answers
+    plain -- nothing to do for a repeat but to count and send
+    place, rest -- for these: where `wire` is in memory, and how many octets it has
     lease -- says when it ends, besides `expires`
     template, until -- for those that would be plain if they were of one spelling and one TTL:
              what to fill as long as it is not later than that and the lease is held
     """
 
     __slots__ = (
-        "deps", "expires", "hits", "key", "lease", "made", "next", "on_repeat", "orders", "plain",
-        "size", "tally", "template", "until", "wire",
+        "deps", "expires", "hits", "key", "lease", "made", "next", "on_repeat", "orders", "place",
+        "plain", "rest", "size", "tally", "template", "until", "wire",
     )  # fmt: skip
 
     def __init__(
@@ -77,13 +78,9 @@ class Entry:
         self.key = key
         self.made = made
         self.wire = made if isinstance(made, bytes) else b""
-        self.size = len(made) + 2 if isinstance(made, bytes) else made.size
-        simple = (
-            self.orders is None
-            and self.on_repeat is None
-            and self.expires == FOREVER
-            and self.size <= ANSWER_ROOM
-        )
+        self.size = len(made) + ID_SIZE if isinstance(made, bytes) else made.size
+        self.place, self.rest = address_of(self.wire), len(self.wire)
+        simple = self.orders is None and self.on_repeat is None and self.expires == FOREVER
         self.plain = simple and isinstance(made, bytes)
         self.template = made if simple and isinstance(made, Template) else None
         # The first repeat sees which TTL it is.
@@ -140,11 +137,13 @@ class PacketCache:
 
     def find_spelt(self, datagram: bytes) -> Entry | None:
         """Return the entry of a question: of these very octets, else of all its spellings."""
-        for key in (datagram[2:], fold(datagram)):
-            entry = self.young.entries.get(key) or self.find(key)
-            if entry is not None:
-                return entry
-        return None
+        young, old = self.young.entries, self.old.entries
+        key = datagram[ID_SIZE:]
+        entry = young.get(key) or (self.find(key) if key in old else None)
+        if entry is None:
+            key = fold(datagram)
+            entry = young.get(key) or (self.find(key) if key in old else None)
+        return entry
 
     def find_below(self, datagram: bytes) -> Entry | None:
         """Return the entry of a name that is not there and that the question's name is below."""

@@ -14,9 +14,8 @@ from typing import Any
 from kdns.dns.message import Query, Reply, parse_query, render_header_error, render_reply
 from kdns.errors import WireError
 from kdns.plugins.plugin import Drop
-from kdns.server.datagrams import ANSWER_ROOM, QUERY_ROOM, SLOTS, room_for, want_source
+from kdns.server.datagrams import QUERY_AT, REST_AT, REST_OF, SLOTS, room_for, want_source
 from kdns.server.exchange import Exchange
-from kdns.server.folding import fold
 from kdns.server.packetcache import Entry, PacketCache
 
 # How often the room for datagrams is filled before timers and other sockets get their turn.
@@ -61,86 +60,88 @@ class UdpListener:
             self._loop.remove_reader(self.sock.fileno())
             self.sock.close()
 
-    def _drain(self) -> None:
+    def _drain(self) -> bool:
+        """Answer what has come; return whether all of it was answered from memory, so that
+        nothing has begun."""
+        done = True
         for _ in range(ROUNDS):
             sizes = self._room.receive(self.sock.fileno())
-            if sizes:
-                self._answer(sizes)
+            if sizes and not self._answer(sizes):
+                done = False
             if len(sizes) < SLOTS:
-                return
+                break
+        return done
 
-    def _answer(self, sizes: list[int]) -> None:
-        """Answer the datagrams in the room; those that wait for somebody else leave later."""
+    def _answer(self, sizes: list[int]) -> bool:
+        """Answer the datagrams in the room; those that wait for somebody else leave later.
+        Return whether the packet cache had all answers."""
         room, cache = self._room, self.cache
-        queries, answers, out, step = room.queries, room.answers, room.sizes, room.step
+        queries, vectors = room.queries, room.vectors
         fd = self.sock.fileno()
         began = time.monotonic()
         spent = 0.0
-        hits = 0
+        misses = 0
         first = 0  # of those filled and not yet sent
-        at = to = 0  # where the slot's query and answer are
-        for slot, size in enumerate(sizes):
-            datagram = queries[at : at + size].tobytes()
-            entry = cache.young.entries.get(datagram[2:])
+        young = cache.young.entries.get
+        # Kept to the end, for what was sent lies in them.
+        entries = [
+            young(REST_OF[size](queries, at)[0])
+            for size, at in zip(sizes, QUERY_AT)  # noqa: B905 - there are more slots than sizes
+        ]
+        for entry, to in zip(entries, REST_AT):  # noqa: B905
             if entry is not None and entry.plain:
                 entry.hits += 1
-                hits += 1
-                size = entry.size
-                answers[to : to + size] = datagram[:2] + entry.wire
-                out[slot * step] = size
-            elif (
-                (
-                    entry := entry
-                    or cache.young.entries.get(fold(datagram))
-                    or cache.find_below(datagram)
-                )
-                is not None
+                vectors[to] = entry.place
+                vectors[to + 1] = entry.rest
+                continue
+            slot = to >> 2
+            datagram = room.query(slot, sizes[slot])
+            if entry is None:
+                entry = cache.find_spelt(datagram) or cache.find_below(datagram)
+            if (
+                entry is not None
                 and (template := entry.template) is not None
                 and entry.until > began
                 and entry.lease.held
             ):
                 wire = template.fill(datagram)
-                answers[to : to + template.size] = wire
-                out[slot * step] = template.size
+                room.put(slot, wire)
                 entry.hits += 1
-                hits += 1
                 if not entry.hits % LOOK_AT_SPELLING:
                     cache.note_spelling(entry, datagram, wire)
-            else:
-                now = time.monotonic()
-                self._slot, self._filled = slot, False
-                self._slow(datagram, now, entry)
-                spent += time.monotonic() - now
-                if not self._filled:
-                    room.send(fd, first, slot)
-                    first = slot + 1
-                elif slot - first >= BURST:
-                    room.send(fd, first, slot + 1)
-                    first = slot + 1
-            at += QUERY_ROOM
-            to += ANSWER_ROOM
+                continue
+            now = time.monotonic()
+            self._slot, self._filled = slot, False
+            self._slow(datagram, now, entry)
+            misses += 1
+            spent += time.monotonic() - now
+            if not self._filled:
+                room.send(fd, first, slot)
+                first = slot + 1
+            elif slot - first >= BURST:
+                room.send(fd, first, slot + 1)
+                first = slot + 1
         room.send(fd, first, len(sizes))
-        if hits:
-            cache.repeats += hits
+        if misses < len(sizes):
+            cache.repeats += len(sizes) - misses
             cache.busy += time.monotonic() - began - spent
+        return not misses
 
     def _slow(self, datagram: bytes, now: float, entry: Entry | None) -> None:
-        """Answer what does not leave from memory as it is. entry -- the young one, if any"""
+        """Answer what does not leave from memory as it is. entry -- the one held, if any"""
         cache = self.cache
         peer = self._room.peer(self._slot)
         source = self._room.source(self._slot)
-        if entry is None and cache.old.entries:
-            entry = cache.find_spelt(datagram)
         if entry is not None:
             wire = cache.repeat(entry, datagram, now)
             if wire is not None:
-                self._repeat(entry, wire, datagram, peer, source, now)
+                self._repeat(entry, wire, datagram, peer, now)
                 return
         try:
             query = parse_query(datagram, peer[:2], "udp", now)
         except WireError as e:
             if e.rcode is not None:
-                self._fill(render_header_error(datagram, e.rcode), peer, source)
+                self._fill(render_header_error(datagram, e.rcode))
             return
 
         def done(reply: Reply | Drop) -> None:
@@ -152,15 +153,13 @@ class UdpListener:
         result = self.exchange.answer(query, done)
         if isinstance(result, Reply):
             wire = self._render(query, result)
-            self._fill(wire, peer, source)
+            self._fill(wire)
             if result.keep > 0:
                 cache.keep(datagram, query, wire, result, now)
 
-    def _repeat(
-        self, entry: Entry, wire: bytes, datagram: bytes, peer: Any, source: Any, now: float
-    ) -> None:
+    def _repeat(self, entry: Entry, wire: bytes, datagram: bytes, peer: Any, now: float) -> None:
         entry.hits += 1
-        self._fill(wire, peer, source)
+        self._fill(wire)
         elapsed = time.monotonic() - now
         self.cache.repeats += 1
         self.cache.busy += elapsed
@@ -178,15 +177,9 @@ class UdpListener:
             reply.keep = 0.0
             return self.exchange.render_panic(query)
 
-    def _fill(self, wire: bytes, peer: Any, source: Any) -> None:
-        """Answer the slot in hand; it leaves with its neighbours where it has room there."""
-        slot, size = self._slot, len(wire)
-        if size > ANSWER_ROOM:
-            self._send(wire, peer, source)
-            return
-        to = slot * ANSWER_ROOM
-        self._room.answers[to : to + size] = wire
-        self._room.sizes[slot * self._room.step] = size
+    def _fill(self, wire: bytes) -> None:
+        """Answer the slot in hand; it leaves with its neighbours."""
+        self._room.put(self._slot, wire)
         self._filled = True
 
     def _send(self, wire: bytes, peer: Any, source: Any) -> None:
