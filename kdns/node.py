@@ -48,6 +48,7 @@ from kdns.proxy.flags import Parsed
 from kdns.registry.spec import KubeSpec, ManifestSpec
 from kdns.runtime import collect_rarely, raise_file_limit, take_turns_often
 from kdns.server.http import HttpServer
+from kdns.server.loop import run_answering
 from kdns.site import build_site, places_of, read_corefile
 from kdns.source.follow import follow
 
@@ -472,7 +473,7 @@ def command(wishes: Wishes) -> int:
         return 0
     raise_file_limit()
     take_turns_often()
-    asyncio.run(_run(wishes))
+    run_answering(_run(wishes))
     return 0
 
 

@@ -49,6 +49,7 @@ from kdns.server.frames import (
 )
 from kdns.server.http import HttpServer
 from kdns.server.listen import Listener, Place
+from kdns.server.loop import run_answering
 from kdns.site import Site, build_site, read_corefile
 
 log = logging.getLogger("kdns")
@@ -317,10 +318,10 @@ def main(link: int, out: int) -> None:
     raise_file_limit()
     take_turns_often()
 
-    async def run() -> None:
+    async def serve() -> None:
         await Desk(socket.socket(fileno=link)).run()
 
-    asyncio.run(run())
+    run_answering(serve())
 
 
 def _unblocked(out: int) -> int:

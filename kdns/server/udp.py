@@ -16,6 +16,7 @@ from kdns.errors import WireError
 from kdns.plugins.plugin import Drop
 from kdns.server.datagrams import QUERY_AT, REST_AT, REST_OF, SLOTS, room_for, want_source
 from kdns.server.exchange import Exchange
+from kdns.server.loop import read_while_waiting, stop_reading
 from kdns.server.packetcache import Entry, PacketCache
 
 # How often the room for datagrams is filled before timers and other sockets get their turn.
@@ -51,13 +52,13 @@ class UdpListener:
         if reply_from:
             want_source(sock)
         sock.setblocking(False)
-        self._loop.add_reader(sock.fileno(), self._drain)
+        read_while_waiting(self._loop, sock.fileno(), self._drain)
 
     def close(self) -> None:
         """Answer what has come, stop reading and close the socket."""
         if self.sock.fileno() >= 0:
             self._drain()
-            self._loop.remove_reader(self.sock.fileno())
+            stop_reading(self._loop, self.sock.fileno())
             self.sock.close()
 
     def _drain(self) -> bool:
