@@ -365,7 +365,6 @@ def whole(server: Server, logging: Server, cached: Server) -> Iterator[Part]:
     yield part("whole: one line of the log for each, too", asked(not_there()), logging)
     every = "svc-{}.bench-0.svc.cluster.local."
     # All is forgotten before a name comes again: so each question is the first of its kind.
-    first = asked(services(), (t.A, t.AAAA))
     batches = itertools.count()
 
     def forgetting(datagrams: list[bytes]) -> None:
@@ -373,8 +372,10 @@ def whole(server: Server, logging: Server, cached: Server) -> Iterator[Part]:
             server.listener.cache = PacketCache()
         server.answer(datagrams)
 
-    yield Part("whole: A and AAAA, each asked for the first time", forgetting, _batches(first),
-               SLOTS)  # fmt: skip
+    for title, edns in (("", None), (", with EDNS", Edns(1232))):
+        first = asked(services(), (t.A, t.AAAA), edns=edns)
+        yield Part(f"whole: A and AAAA, each asked for the first time{title}", forgetting,
+                   _batches(first), SLOTS)  # fmt: skip
     for _ in range(3):
         cached.answer(list(itertools.islice(asked(every.format(n) for n in range(SLOTS)), SLOTS)))
     yield part("whole: packet cache, the very same octets",

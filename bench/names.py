@@ -34,6 +34,8 @@ DIRECT = 2000  # questions put to the upstream directly and through a server
 GOALS: tuple[tuple[str, str, str, str, str, float], ...] = (
     ("throughput, repeated questions", "repeated", "rate", "CoreDNS", "at least", 8.0),
     ("throughput, repeated questions", "repeated", "rate", "echo", "at least", 0.8),
+    ("the same, asked by dnsperf", "repeated", "dnsperf", "CoreDNS", "at least", 8.0),
+    ("the same, asked by dnsperf", "repeated", "dnsperf", "echo", "at least", 0.8),
     (f"server CPU a query at {OFFERED:,}/s", "repeated", "cpu", "echo", "at most", 1.6),
     (f"server CPU a query at {OFFERED:,}/s", "repeated", "cpu", "CoreDNS", "at most", 0.5),
     ("questions never repeated", "unseen", "rate", "CoreDNS", "at least", 3.0),
@@ -47,18 +49,23 @@ GOALS: tuple[tuple[str, str, str, str, str, float], ...] = (
 class Figures:
     """What was measured of one server with one load, a value a round.
 
-    rates -- queries answered a second; cpu -- microseconds a query at OFFERED
+    rates -- queries answered a second; busy -- share of the server's core meanwhile
+    dnsperf, dnsperf_busy -- the same, asked by dnsperf
+    cpu -- microseconds a query at OFFERED
     p99 -- seconds, of one client beside a load of LATENCY_SHARE
     """
 
     rates: list[float] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
+    dnsperf: list[float] = field(default_factory=list)
+    dnsperf_busy: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     p50: list[float] = field(default_factory=list)
     p99: list[float] = field(default_factory=list)
     lost: int = 0
 
     def of(self, what: str) -> list[float]:
-        found: list[float] = {"rate": self.rates, "cpu": self.cpu, "p99": self.p99}[what]
+        found: list[float] = self.rates if what == "rate" else getattr(self, what)
         return found
 
 
@@ -73,6 +80,7 @@ class Results:
 
     peers: list[Peer]
     loads: list[Load]
+    generator: Path | None
     figures: dict[str, dict[str, Figures]] = field(default_factory=dict)
     overhead: dict[str, list[float]] = field(default_factory=dict)
     direct: list[float] = field(default_factory=list)
@@ -173,7 +181,7 @@ def _measure(folder: Path, seconds: float, rounds: int, services: int) -> Result
         servers.wait_port(api, replay, log)
         servers.wait_answering(upstream, "host-1.example.com", outside, folder / "outside.log")
         found = servers.peers(folder, api, upstream, zone_file(folder, api))
-        results = Results(found, loads)
+        results = Results(found, loads, servers.built(folder, "load"))
         for _ in range(rounds):
             for peer in found:
                 _round(results, peer, folder, seconds, upstream)
@@ -210,7 +218,7 @@ def _round(results: Results, peer: Peer, folder: Path, seconds: float, upstream:
             if load.asks not in peer.serves:
                 continue
             figures = results.figures.setdefault(peer.name, {}).setdefault(load.name, Figures())
-            _throughput(peer, process.pid, load, seconds, figures)
+            _throughput(results, peer, process.pid, load, seconds, figures)
             if load.name == "repeated":
                 _latency(results, peer, load, seconds, figures)
                 _flood(results, peer, seconds)
@@ -220,10 +228,18 @@ def _round(results: Results, peer: Peer, folder: Path, seconds: float, upstream:
             _forwarding(results, peer, upstream)
 
 
-def _throughput(peer: Peer, pid: int, load: Load, seconds: float, into: Figures) -> None:
-    ran = servers.dnsperf(peer.port, load, seconds)
+def _throughput(
+    results: Results, peer: Peer, pid: int, load: Load, seconds: float, into: Figures
+) -> None:
+    before = servers.cpu_seconds(pid)
+    ran = servers.saturate(results.generator, peer.port, load, seconds)
     into.rates.append(ran.rate)
+    into.busy.append((servers.cpu_seconds(pid) - before) / seconds)
     into.lost += ran.lost
+    if load.name == "repeated":
+        before = servers.cpu_seconds(pid)
+        into.dnsperf.append(servers.dnsperf(peer.port, load, seconds).rate)
+        into.dnsperf_busy.append((servers.cpu_seconds(pid) - before) / seconds)
     before = servers.cpu_seconds(pid)
     offered = servers.dnsperf(peer.port, load, seconds, OFFERED)
     into.cpu.append((servers.cpu_seconds(pid) - before) / max(1, offered.answered) * 1e6)
@@ -233,9 +249,9 @@ def _latency(results: Results, peer: Peer, load: Load, seconds: float, into: Fig
     """Ask as one client beside a load that is the same for all: half of what the slower of kdns
     and CoreDNS can."""
     slowest = min(
-        figures.rates[0]
+        figures.dnsperf[0]
         for name in ("kdns", "CoreDNS")
-        if (figures := results.at(name, load.name)) is not None and figures.rates
+        if (figures := results.at(name, load.name)) is not None and figures.dnsperf
     )
     with servers.Prober(peer.port, list(cluster_names(100))) as prober:
         servers.dnsperf(peer.port, load, seconds, int(slowest * LATENCY_SHARE))
@@ -248,7 +264,7 @@ def _flood(results: Results, peer: Peer, seconds: float) -> None:
     if peer.name not in ("kdns", "CoreDNS"):
         return
     loads = {load.name: load for load in results.loads}
-    alone = results.figures[peer.name]["repeated"].rates[-1]
+    alone = results.figures[peer.name]["repeated"].dnsperf[-1]
     with ThreadPoolExecutor(1) as pool:
         flood = pool.submit(servers.dnsperf, peer.port, loads["fresh"], seconds + 1, FLOOD)
         time.sleep(0.5)
@@ -294,8 +310,8 @@ def goals(results: Results) -> Iterator[tuple[str, str, str, str]]:
         met = middle >= value if bound == "at least" else middle <= value
         measured = ratio(mine.of(figure), theirs.of(figure))
         limit = results.at("echo", load)
-        if not met and figure == "rate" and peer != "echo" and limit is not None:
-            measured += f"; the echo: {ratio(limit.rates, theirs.rates)}"
+        if not met and figure in ("rate", "dnsperf") and peer != "echo" and limit is not None:
+            measured += f"; the echo: {ratio(limit.of(figure), theirs.of(figure))}"
         yield what, goal, measured, "met" if met else "missed"
     if "kdns" in results.overhead:
         middle = statistics.median(results.overhead["kdns"]) * 1e6
@@ -320,10 +336,13 @@ def section(results: Results, when: str, machine: str, command: str) -> list[str
     lines = [
         "# Measured",
         "",
-        f"{when} on {machine}. Command: {command}. Server on one core, dnsperf and one more"
-        f" client on the other; kubeadm Corefile over {SERVICES:,} Services, metrics on; {rounds}"
-        " rounds. Ratios are taken within a round; the median, lowest and highest in brackets:"
-        " read them, for absolute figures differ by machine.",
+        f"{when} on {machine}. Command: {command}. Server on one core, whoever asks on the other;"
+        f" kubeadm Corefile over {SERVICES:,} Services, metrics on; {rounds} rounds. Queries a"
+        f" second: {servers.CLIENTS} clients, {servers.OUTSTANDING} questions outstanding, by"
+        " bench/load.c (recvmmsg/sendmmsg), which one core suffices for to keep any of these"
+        " servers busy; dnsperf, which takes longer for a question than the echo for its answer,"
+        " beside it, and for offered rates. Ratios are taken within a round; the median, lowest"
+        " and highest in brackets: read them, for absolute figures differ by machine.",
         "",
         *[f"- {peer.name}: {peer.version}" for peer in results.peers if peer.version],
         "- echo: bench/echo.c, a bare UDP echo (recvmmsg/sendmmsg): the limit of the socket",
@@ -370,6 +389,34 @@ def _table(results: Results, load: Load) -> list[str]:
         lines.append(
             f"| {name} | {rate:,.0f} (±{spread:.0f} %) | {ratios[0]} | {ratios[1]} |"
             f" {statistics.median(figures.cpu):.1f} | {latency} |"
+        )
+    lines.append("")
+    if load.name == "repeated":
+        lines += _dnsperf_table(results, load)
+    return lines
+
+
+def _dnsperf_table(results: Results, load: Load) -> list[str]:
+    """Return the same questions asked by dnsperf, and how busy that kept each server."""
+    lines = [
+        "| asked by dnsperf | queries/s | of echo | of CoreDNS | server's core busy |"
+        " with bench/load.c |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, by_load in results.figures.items():
+        figures = by_load.get(load.name)
+        if figures is None:
+            continue
+        ratios = [
+            ratio(figures.dnsperf, other.dnsperf)
+            if (other := results.at(peer, load.name)) is not None
+            else "-"
+            for peer in ("echo", "CoreDNS")
+        ]
+        busy, most = (statistics.median(of) for of in (figures.dnsperf_busy, figures.busy))
+        lines.append(
+            f"| {name} | {statistics.median(figures.dnsperf):,.0f} | {ratios[0]} | {ratios[1]} |"
+            f" {busy:.0%} | {most:.0%} |"
         )
     return [*lines, ""]
 

@@ -122,7 +122,8 @@ class Peer:
 
 @dataclass
 class Load:
-    """One set of questions: a dnsperf data file. asks -- "cluster" or "outside" names"""
+    """One set of questions: a file for dnsperf and bench/load.c. asks -- "cluster" or "outside"
+    names"""
 
     name: str
     title: str
@@ -244,11 +245,34 @@ def children(pid: int) -> list[int]:
 
 @dataclass
 class Ran:
-    """One run of dnsperf. rate -- answered a second"""
+    """One run of a load generator. rate -- answered a second; cpu -- seconds of processor time
+    of the generator, where it is known"""
 
     rate: float
     answered: int
     lost: int
+    cpu: float = 0.0
+
+
+def saturate(
+    generator: Path | None,
+    port: int,
+    load: Load,
+    seconds: float,
+    core: str = LOAD_CORE,
+    clients: int = CLIENTS,
+) -> Ran:
+    """Ask as fast as answers come: by bench/load.c where it could be built, for dnsperf takes
+    longer for a question than a good server for its answer."""
+    if generator is None:
+        return dnsperf(port, load, seconds)
+    out = subprocess.run(
+        ["taskset", "-c", core, str(generator), str(port), str(load.file), str(clients),
+         str(OUTSTANDING), str(seconds)],
+        capture_output=True, text=True, timeout=seconds + 60, check=True,
+    ).stdout  # fmt: skip
+    took, answered, lost, cpu = out.split()
+    return Ran(int(answered) / float(took), int(answered), int(lost), float(cpu))
 
 
 def dnsperf(port: int, load: Load, seconds: float, rate: int | None = None) -> Ran:
@@ -340,7 +364,7 @@ def peers(
     coredns = shutil.which("coredns")
     if coredns:
         found.append(_served(folder, "CoreDNS", [coredns, "-conf"], api, upstream, pods))
-    echo = _echo(folder)
+    echo = built(folder, "echo")
     if echo is not None:
         port = free_port()
         found.append(
@@ -398,12 +422,13 @@ def outside(folder: Path, port: int, names: Iterable[str]) -> list[str]:
     return [sys.executable, "-m", "kdns", "serve", "-conf", str(conf)]
 
 
-def _echo(folder: Path) -> Path | None:
+def built(folder: Path, name: str) -> Path | None:
+    """Return a program of bench/NAME.c; None where there is no compiler."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         return None
-    out = folder / "echo"
-    subprocess.run([compiler, "-O2", "-o", str(out), str(HERE / "echo.c")], check=True)
+    out = folder / f"{name}.program"
+    subprocess.run([compiler, "-O2", "-o", str(out), str(HERE / f"{name}.c")], check=True)
     return out
 
 

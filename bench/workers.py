@@ -1,10 +1,10 @@
 """One process that answers, and several: queries a second, what they cost, and a worker killed.
 
-Server and load generator share the machine's cores, as they would on a node, so what the
-generator takes is measured beside what the server takes: with both together the cores are full,
-and how many queries fit in says what a worker more is worth. The first column has server and
-generator on a core each, as the names part does. Each round runs all settings one after the
-other.
+Server and load generator (bench/load.c) share the machine's cores, so what the generator takes
+is measured beside what the server takes: with both together the cores are full, and how many
+queries the server's processor time a query would leave room for, were the generator elsewhere,
+says what a worker more is worth. The first setting has server and generator on a core each, as
+the names part does. Each round runs all settings one after the other.
 
     python bench/workers.py [--seconds N] [--rounds N]
 """
@@ -20,10 +20,10 @@ import shutil
 import signal
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -37,6 +37,7 @@ SERVICES = 1000
 LOADS = ("repeated", "search", "unseen")
 SOCKETS = 64  # of the generator, so that the kernel's shares are about even
 KILLS = 5
+GOAL = 1.8
 CLIENTS, EVERY = 32, 0.01  # who ask while a worker is killed, and how often each
 ALL_CORES = f"0-{(os.cpu_count() or 2) - 1}"
 # title -> workers, cores of the server, cores of the generator
@@ -85,6 +86,7 @@ class Results:
     """Everything measured."""
 
     loads: list[Load]
+    generator: Path
     figures: dict[str, dict[str, Figures]] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)  # megabytes
     kills: list[Kill] = field(default_factory=list)
@@ -94,9 +96,9 @@ class Results:
 
 def missing() -> str:
     """Return why it cannot be measured here; empty if it can."""
-    for program in ("dnsperf", "taskset"):
+    for program, package in (("cc", "gcc"), ("taskset", "util-linux")):
         if shutil.which(program) is None:
-            return f"needs {program} (Debian: apt-get install dnsperf util-linux)"
+            return f"needs {program} (Debian: apt-get install {package})"
     return "" if (os.cpu_count() or 1) > 1 else "needs two cores"
 
 
@@ -110,7 +112,9 @@ def measure(seconds: float, rounds: int) -> Results:
             sys.executable, str(ROOT / "tests" / "api_replay.py"), "--port", str(api),
             "--services", str(SERVICES),
         ]  # fmt: skip
-        results = Results(loads)
+        generator = servers.built(folder, "load")
+        assert generator is not None, missing()
+        results = Results(loads, generator)
         with servers.started(replay, ALL_CORES, folder / "api.log") as process:
             servers.wait_port(api, process, folder / "api.log")
             for _ in range(rounds):
@@ -131,7 +135,7 @@ def _round(results: Results, title: str, folder: Path, api: int, seconds: float)
         servers.wait_answering(port, servers.FIRST, process, log)
         for load in results.loads:
             into = results.figures.setdefault(title, {}).setdefault(load.name, Figures())
-            _ask(into, port, process.pid, load, seconds, load_cores)
+            _ask(results.generator, into, port, process.pid, load, seconds, load_cores)
             print(f"{title:24} {load.name:9} {into.rates[-1]:9,.0f} q/s  server"
                   f" {into.server[-1]:5.1f} us/q, generator {into.generator[-1]:5.1f} us/q,"
                   f" {into.busy[-1]:.2f} cores busy", flush=True)  # fmt: skip
@@ -142,25 +146,17 @@ def _round(results: Results, title: str, folder: Path, api: int, seconds: float)
                 print(f"{title:24} killed: {results.kills[-1]}", flush=True)
 
 
-def _ask(into: Figures, port: int, pid: int, load: Load, seconds: float, load_cores: str) -> None:
-    command = [
-        "taskset", "-c", load_cores, "dnsperf", "-s", "127.0.0.1", "-p", str(port), "-d",
-        str(load.file), "-l", str(seconds), "-c", str(SOCKETS), "-q", str(servers.OUTSTANDING),
-    ]  # fmt: skip
-    before, began = servers.cpu_seconds(pid), time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as asking:
-        assert asking.stdout is not None
-        out = asking.stdout.read()
-        _, _, used = os.wait4(asking.pid, 0)
-        asking.returncode = 0
-    elapsed = time.monotonic() - began
-    spent, asked = servers.cpu_seconds(pid) - before, used.ru_utime + used.ru_stime
-    ran = servers.read_dnsperf(out)
+def _ask(
+    generator: Path, into: Figures, port: int, pid: int, load: Load, seconds: float, cores: str
+) -> None:
+    before = servers.cpu_seconds(pid)
+    ran = servers.saturate(generator, port, load, seconds, cores, SOCKETS)
+    spent = servers.cpu_seconds(pid) - before
     into.rates.append(ran.rate)
     into.lost += ran.lost
     into.server.append(spent / max(1, ran.answered) * 1e6)
-    into.generator.append(asked / max(1, ran.answered) * 1e6)
-    into.busy.append((spent + asked) / elapsed)
+    into.generator.append(ran.cpu / max(1, ran.answered) * 1e6)
+    into.busy.append((spent + ran.cpu) / seconds)
 
 
 # --- a worker killed ------------------------------------------------------------------------
@@ -208,6 +204,19 @@ def _is_worker(pid: int) -> bool:
 # --- telling --------------------------------------------------------------------------------
 
 
+def goals(results: Results) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (what, goal, measured, met or missed)."""
+    for load in results.loads:
+        one = results.figures["1 process, a core each"][load.name].server
+        two = results.figures["2 workers"][load.name].server
+        ratios = [2 * alone / both for alone, both in zip(one, two, strict=True)]
+        middle = statistics.median(ratios)
+        yield (f"two workers on two cores: {load.title.partition(':')[0]}",
+               f"{GOAL}x one on one, generator accounted for",
+               f"{middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+               "met" if middle >= GOAL else "missed")  # fmt: skip
+
+
 def section(results: Results, when: str) -> list[str]:
     """Return the part of RESULTS.md."""
     lines = [
@@ -215,14 +224,19 @@ def section(results: Results, when: str) -> list[str]:
         "",
         f"{when}. {results.machine}. {results.command}.",
         "",
-        "kdns as one process and with `workers 2`; dnsperf with"
-        f" {SOCKETS} sockets on the same cores, if nothing else is said. us/q: processor time of"
-        ' the server (all its processes) and of dnsperf for a query. "fits": the cores, divided'
-        " by what both take with two workers.",
+        f"kdns as one process and with `workers 2`; bench/load.c with {SOCKETS} sockets on the"
+        " same cores, if nothing else is said. us/q: processor time of the server (all its"
+        " processes) and of the generator for a query. What two workers could answer on two"
+        " cores with the generator elsewhere, of what one process does on one: twice the one's"
+        " us/q by the two's.",
+        "",
+        "| what | goal | measured | |",
+        "| --- | --- | --- | --- |",
+        *[f"| {' | '.join(row)} |" for row in goals(results)],
     ]
     for load in results.loads:
         lines += ["", f"**{load.title}**", "",
-                  "| | queries/s | to 1 process | server us/q | dnsperf us/q | cores busy | lost |",
+                  "| | queries/s | to 1 process | server us/q | load.c us/q | cores busy | lost |",
                   "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
         base = results.figures["1 process"][load.name]
         for title in SETTINGS:
@@ -235,9 +249,6 @@ def section(results: Results, when: str) -> list[str]:
                 f" {statistics.median(one.server):.1f} | {statistics.median(one.generator):.1f} |"
                 f" {statistics.median(one.busy):.2f} | {one.lost} |"
             )
-        both = results.figures["2 workers"][load.name]
-        each = statistics.median(both.server) + statistics.median(both.generator)
-        lines.append(f"| fits | {(os.cpu_count() or 1) / each * 1e6:,.0f} | | | | | |")
     lines += ["", "Resident memory of all processes, after the runs: "
               + ", ".join(f"{title} {size:.0f} MB" for title, size in results.memory.items())
               + "."]  # fmt: skip
