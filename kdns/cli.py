@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from kdns import flags
 from kdns.errors import ConfigError, KdnsError
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ DEFAULT_CONF = "Corefile"
 # What CoreDNS serves where there is no Corefile (reference 2.5).
 DEFAULT_COREFILE = ".:{port} {{\n    whoami\n    log\n}}\n"
 STDIN = "stdin"
-# kdns/proxy/config.py's, which would cost each command its import.
-MODES = ("iptables", "nftables", "ipvs", "userspace")
 # The Pod ranges of kubeadm's documentation, and of Pods made from manifests.
 DEFAULT_CLUSTER_CIDR = "10.244.0.0/16,fd00:10:244::/56"
 DEFAULT_API_PORT = 6443  # kube-apiserver's
@@ -146,32 +145,7 @@ def cli() -> None:
     """A cluster's names and a node's forwarding, in CoreDNS's and kube-proxy's place."""
 
 
-class Port(click.IntRange):
-    """A port number."""
-
-    name = "port number"
-
-
-class Duration(click.ParamType):  # type: ignore[type-arg]  # older ones have none
-    """Seconds, written as a Go duration ("250ms", "1m30s") or as a number of them."""
-
-    name = "duration"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Return the seconds."""
-        from kdns.proxy.settings import parse_duration
-
-        text = str(value)
-        seconds = parse_duration(text if not text.replace(".", "", 1).isdigit() else f"{text}s")
-        if seconds is None or seconds < 0:
-            self.fail(f"'{text}' is not a duration such as 2s, 500ms or 0", param, ctx)
-        return seconds
-
-
-DURATION = Duration()
-PORT = Port(0, 65535)
+PORT = flags.Port(0, 65535)
 
 
 @cli.command(cls=ServeCommand)
@@ -290,6 +264,11 @@ def _count(n: int, what: str) -> str:
     help="Address to listen on.",
 )  # fmt: skip
 @click.option(
+    "--api-name", "api_names", metavar="NAME", multiple=True,
+    help="One more name or address by which the API is reached: for its certificate, and with"
+    " --insecure to be heard at all. May be repeated.",
+)  # fmt: skip
+@click.option(
     "--api-port", metavar="N", type=PORT, default=DEFAULT_API_PORT, show_default=True,
     envvar="KDNS_API_PORT", help="Port of the Kubernetes API; 0 picks a free one.",
 )  # fmt: skip
@@ -298,7 +277,7 @@ def _count(n: int, what: str) -> str:
     envvar="KDNS_DNS_PORT", help="Port of DNS, UDP and TCP; 0 picks a free one.",
 )  # fmt: skip
 @click.option(
-    "--proxy-mode", type=click.Choice(["none", *MODES]), default="none", show_default=True,
+    "--proxy-mode", type=click.Choice(["none", *flags.MODES]), default="none", show_default=True,
     help="Forward Services on this host; iptables needs root.",
 )  # fmt: skip
 @click.option(
@@ -324,13 +303,12 @@ def _count(n: int, what: str) -> str:
     help="How many Nodes there are.",
 )  # fmt: skip
 @click.option(
-    "--pod-ready-delay", metavar="S", type=click.FloatRange(0, 3600), default=0.0,
-    show_default=True, help="Seconds until a new Pod is ready.",
+    "--pod-ready-delay", type=flags.Duration(0, 3600), default="0s", show_default=True,
+    help="How long until a new Pod is ready.",
 )  # fmt: skip
 @click.option(
-    "--pod-termination-delay", metavar="S", type=click.FloatRange(0, 3600), default=0.0,
-    show_default=True, help="Seconds a deleted Pod is still there, terminating; its grace at"
-    " most.",
+    "--pod-termination-delay", type=flags.Duration(0, 3600), default="0s", show_default=True,
+    help="How long a deleted Pod is still there, terminating; its grace at most.",
 )  # fmt: skip
 @click.option(
     "--service-cluster-ip-range", "service_cidr", metavar="C", default="10.96.0.0/12",
@@ -345,7 +323,7 @@ def _count(n: int, what: str) -> str:
     help="Where Services of type LoadBalancer have theirs; one CIDR a family.",
 )  # fmt: skip
 @click.option(
-    "--gate-timeout", metavar="D", type=DURATION, default="2s", show_default=True,
+    "--gate-timeout", type=flags.Duration(), default="2s", show_default=True,
     help="How long a new name waits for the rules of its Service, at most; 0: it does not.",
 )  # fmt: skip
 @click.option(
@@ -359,7 +337,7 @@ def _count(n: int, what: str) -> str:
     help="Serve DNS by this Corefile; its 'kubernetes' reads this registry unless it names"
     " another.  [default: kubeadm's]",
 )  # fmt: skip
-def up(**flags: Any) -> int:
+def up(**wishes: Any) -> int:
     """Run a Kubernetes API for Services, DNS and, if asked to, forwarding: all in one."""
     began = time.monotonic()
     from kdns.runtime import collect_rarely
@@ -367,7 +345,7 @@ def up(**flags: Any) -> int:
     collect_rarely()  # before all the rest is imported, which stays
     from kdns.up import Wishes, command
 
-    return command(Wishes(**flags), began)
+    return command(Wishes(**wishes), began)
 
 
 @cli.command(
@@ -391,16 +369,13 @@ def proxy(args: tuple[str, ...]) -> int:
 
 
 @cli.command()
-@click.option(
-    "-f", "--manifests", "manifests", metavar="PATH", multiple=True, required=True,
-    help="Read Services from this file or folder; may be repeated.",
-)  # fmt: skip
+@flags.manifests(required=True)
 @click.option(
     "--node", metavar="NAME", default="",
     help="Whose rules.  [default: the only Node there is; without Nodes, this host]",
 )  # fmt: skip
 @click.option(
-    "--mode", type=click.Choice(MODES), default="iptables", show_default=True,
+    "--mode", type=click.Choice(flags.MODES), default="iptables", show_default=True,
     help="How the rules are written: for iptables-restore, nft, or ipvsadm and ipset.",
 )  # fmt: skip
 @click.option(
@@ -418,12 +393,12 @@ def rules(
     """Print the rules of a node as text; the kernel is not touched."""
     from kdns import agent
 
-    flags = [
+    given = [
         f"--proxy-mode={mode}",
         f"--cluster-cidr={cluster_cidr}",
         f"--hostname-override={node}",
     ]
-    text, notes = agent.rules_of(flags, manifests, 4 if family == "ipv4" else 6, explain)
+    text, notes = agent.rules_of(given, manifests, 4 if family == "ipv4" else 6, explain)
     for note in notes:
         click.echo(f"kdns: {note}", err=True)
     click.echo(text, nl=False)
@@ -436,10 +411,7 @@ def rules(
     "-conf", "--conf", metavar="FILE", envvar="KDNS_CONF",
     help="Read what this Corefile's kubernetes block reads.",
 )  # fmt: skip
-@click.option(
-    "-f", "--manifests", "manifests", metavar="PATH", multiple=True,
-    help="Read manifests from this file or folder; may be repeated.",
-)  # fmt: skip
+@flags.manifests()
 @click.option("--node", metavar="NAME", default="", help="Whose table or rules.")
 def dump(stage: str, conf: str | None, manifests: tuple[str, ...], node: str) -> int:
     """Print one stage between objects and what is made of them: the registry's objects, the DNS
@@ -469,7 +441,7 @@ def dump(stage: str, conf: str | None, manifests: tuple[str, ...], node: str) ->
     help="Whom to ask.  [default: the first nameserver of /etc/resolv.conf]",
 )  # fmt: skip
 @click.option(
-    "--port", metavar="N", envvar="KDNS_QUERY_PORT", type=Port(1, 65535),
+    "--port", metavar="N", envvar="KDNS_QUERY_PORT", type=flags.Port(1, 65535),
     default=DEFAULT_PORT, show_default=True,
 )  # fmt: skip
 @click.option(
@@ -479,8 +451,8 @@ def dump(stage: str, conf: str | None, manifests: tuple[str, ...], node: str) ->
 @click.option("--tcp", is_flag=True, help="Ask over TCP.")
 @click.option("--short", is_flag=True, help="Print only the answers' values.")
 @click.option(
-    "--timeout", metavar="S", type=click.FloatRange(0, 60, min_open=True), default=2.0,
-    show_default=True, help="Seconds to wait for each of three tries.",
+    "--timeout", type=flags.Duration(0.001, 60), default="2s", show_default=True,
+    help="How long to wait for each of three tries.",
 )  # fmt: skip
 def query(
     name: str,

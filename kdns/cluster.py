@@ -32,6 +32,7 @@ import msgspec
 
 from kdns.api.access import (
     Credentials,
+    is_host,
     kubeconfig,
     load_credentials,
     make_credentials,
@@ -60,6 +61,7 @@ from kdns.metrics import Metrics
 from kdns.plugins.chain import Pending, Result
 from kdns.registry.spec import KubeSpec
 from kdns.server.client import candidates, search_path
+from kdns.server.loop import new_loop
 
 if TYPE_CHECKING:
     from kdns.registry.manifests import Document
@@ -142,6 +144,8 @@ class Cluster:
     dns          -- serve DNS, too
     tls          -- HTTPS and a token; else plain HTTP, for every program of this host
     data_dir     -- where objects, certificate and token outlive the cluster; "": nowhere
+    api_names    -- more names and addresses by which the API is reached: TLS has them in its
+                    certificate; without, a name that is neither here nor this host's is refused
     api_port, dns_port -- 0: any free one
     service_cidr, pod_cidr, lb_range -- ranges of addresses, one a family
     pod_ready_delay -- seconds until a new Pod is ready
@@ -166,6 +170,7 @@ class Cluster:
         tls: bool = False,
         data_dir: str | os.PathLike[str] = "",
         bind: str = "127.0.0.1",
+        api_names: Sequence[str] = (),
         api_port: int = 0,
         dns_port: int = 0,
         service_cidr: str = "10.96.0.0/12",
@@ -191,6 +196,7 @@ class Cluster:
         self._tls = tls
         self._data_dir = Path(data_dir) if data_dir else None
         self._bind = bind
+        self._api_names = tuple(name.rstrip(".").lower() for name in api_names)
         self._ports = (api_port, dns_port)
         self._ranges = (service_cidr, pod_cidr, lb_range)
         self._pod_ready_delay = pod_ready_delay
@@ -283,8 +289,8 @@ class Cluster:
 
     async def _start_api(self) -> None:
         context = None
+        hosts = self._hosts()
         if self._tls:
-            hosts = self._hosts()
             if self._data_dir is not None:
                 self._credentials = load_credentials(self._folder, hosts)
             else:
@@ -292,7 +298,7 @@ class Cluster:
             context = server_context(self._credentials, self._folder)
         api = ApiServer(
             self.objects, self.metrics, host=self._bind, port=self._ports[0], context=context,
-            token=self._credentials.token,
+            token=self._credentials.token, names=[name.lower() for name in hosts],
         )  # fmt: skip
         assert self.store is not None
         self.faults = ApiFaults(api, self.store)
@@ -309,14 +315,18 @@ class Cluster:
         self.api = api
 
     def _hosts(self) -> Texts:
-        """Return what the API server's certificate is for."""
+        """Return the names and addresses of the API server, which its certificate is for."""
+        for name in self._api_names:
+            if not is_host(name):
+                text = f"'{name}' is neither a host name, such as kdns.example, nor an IP address"
+                raise ConfigError([Problem("api_names", 0, text)])
         names = ["localhost", socket.gethostname(), "kubernetes", "kubernetes.default",
                  "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"]  # fmt: skip
         if self._bind in EVERYWHERE:
             from kdns.kernel.netlink import default_address
 
             names += filter(None, (default_address(4), default_address(6)))
-        return list(dict.fromkeys([self._bind, "127.0.0.1", "::1", *names]))
+        return list(dict.fromkeys([self._bind, "127.0.0.1", "::1", *names, *self._api_names]))
 
     async def _start_controllers(self) -> None:
         assert self.api is not None
@@ -867,7 +877,7 @@ class LocalCluster:
 
     def start(self) -> LocalCluster:
         """Start it; return when names and objects are there. Raises ConfigError."""
-        self._loop = asyncio.new_event_loop()
+        self._loop = new_loop()
         self._thread = threading.Thread(
             target=self._run, args=(self._loop,), name="kdns cluster", daemon=True
         )

@@ -12,6 +12,7 @@ from typing import Any, Final
 import click
 
 from kdns.errors import ConfigError, Problem
+from kdns.flags import Duration
 
 DRAINS: Final = ("ttl", "conntrack", "none")
 
@@ -69,15 +70,6 @@ def _addresses(ctx: click.Context, param: click.Parameter, value: tuple[str, ...
     return words
 
 
-def _seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
-    from kdns.proxy.settings import Duration
-
-    try:
-        return float(Duration().read(f"{value}s" if value.isdecimal() else value))
-    except ValueError as e:
-        raise click.BadParameter(str(e)) from None
-
-
 @click.command(cls=NodeCommand, name="node", add_help_option=True)
 @click.option(
     "-conf", "--conf", "conf", metavar="FILE", default="", envvar="KDNS_CONF",
@@ -98,7 +90,7 @@ def _seconds(ctx: click.Context, param: click.Parameter, value: str) -> float:
     help="Serve /healthz, of both halves, /livez and /readyz, of DNS, here; '' does not.",
 )  # fmt: skip
 @click.option(
-    "--gate-timeout", metavar="DURATION", default="2s", show_default=True, callback=_seconds,
+    "--gate-timeout", type=Duration(), default="2s", show_default=True,
     help="How long a name waits for its rules at most; 0: names do not wait.",
 )  # fmt: skip
 @click.option(

@@ -31,6 +31,7 @@ from kdns.control import ControlServer, Facts, facts_of
 from kdns.errors import ConfigError, KdnsError, Problem
 from kdns.logs import setup_logging
 from kdns.runtime import raise_file_limit, settle_memory, take_turns_often
+from kdns.server.loop import run_answering
 
 if TYPE_CHECKING:
     from kdns.agent import Agent
@@ -51,6 +52,7 @@ TOLD: Final = (
 LOCK_WAIT: Final = 5.0  # seconds that somebody else may take to write a kubeconfig
 # How cluster.py's options are spelt on the command line.
 FLAGS: Final[Mapping[str, str]] = {
+    "api_names": "--api-name",
     "api_port": "--api-port",
     "dns_port": "--dns-port",
 }
@@ -63,6 +65,7 @@ class Wishes:
     manifests: tuple[str, ...] = ()
     data_dir: str = ""
     bind: str = "127.0.0.1"
+    api_names: tuple[str, ...] = ()
     api_port: int = 0
     dns_port: int = 0
     insecure: bool = False
@@ -97,7 +100,7 @@ def command(wishes: Wishes, began: float) -> int:
         first = followed.look()
         if first.problems:
             raise ConfigError(first.problems)
-        asyncio.run(_Up(wishes, began).run(followed, first))
+        run_answering(_Up(wishes, began).run(followed, first))
     except ConfigError as e:
         spelt = [Problem(FLAGS.get(p.file, p.file), p.line, p.text) for p in e.problems]
         raise ConfigError(spelt) from None
@@ -121,6 +124,7 @@ class _Up:
             tls=not wishes.insecure,
             data_dir=wishes.data_dir,
             bind=wishes.bind,
+            api_names=wishes.api_names,
             api_port=wishes.api_port,
             dns_port=wishes.dns_port,
             service_cidr=wishes.service_cidr,

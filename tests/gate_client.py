@@ -55,8 +55,8 @@ class Api:
         reader, writer = link
         sent = b"" if body is None else json.dumps(body).encode()
         writer.write(
-            f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/{kind}\r\n"
-            f"Content-Length: {len(sent)}\r\n\r\n".encode()
+            f"{method} {path} HTTP/1.1\r\nHost: {self._at[0]}\r\n"
+            f"Content-Type: application/{kind}\r\nContent-Length: {len(sent)}\r\n\r\n".encode()
             + sent
         )
         head = (await reader.readuntil(b"\r\n\r\n")).decode()

@@ -5,11 +5,20 @@ Packets are UDP, for nothing follows the first one but, at times, an ICMP error.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Protocol, TypeAlias
 
-from kdns.proxy.packet import Host, Packet
+import pytest
+from packet_flows import NODE
 
-NODE = "192.168.77.1"
+from kdns.proxy.packet import Host, Outcome, Packet
+
 # 10.9.0.1 is the address of the interface that clients come by.
 NODE1 = Host(["10.9.0.1", NODE, "10.244.0.1"], {"10.9.0.0/24": "clients", "0.0.0.0/0": "pods"})
 SETUP = """
@@ -81,3 +90,92 @@ def from_client(source: str, destination: str, port: int) -> Packet:
 
 def from_node(source: str, destination: str, port: int) -> Packet:
     return Packet(source, destination, port, "udp", SOURCE_PORT)
+
+
+@contextlib.contextmanager
+def lab_with(letter: str, *programs: str) -> Iterator[Lab]:
+    """Give a Lab; skip without these programs. letter -- tells those of one process apart"""
+    for program in (*programs, "ip", "conntrack"):
+        if shutil.which(program) is None:
+            pytest.skip(f"needs {program}")
+    one = Lab(f"{os.getpid()}{letter}")
+    try:
+        one.set_up()
+        yield one
+    finally:
+        one.tear_down()
+
+
+Rule: TypeAlias = tuple[str, str, int]  # table, chain, number
+PATIENCE = 3.0  # seconds: the client's softirq comes late
+
+
+class Rules(Protocol):
+    """Rules in a lab's kernel, however they are written."""
+
+    def load(self) -> None:
+        """Put them into the kernel; no rule has counted anything."""
+
+    def walk(self, packet: Packet) -> tuple[Outcome, ...]:
+        """Walk a packet through what the kernel prints."""
+
+    def counts(self, rule: str) -> bool:
+        """Tell whether a rule, as it is printed, counts its packets."""
+
+    def counted(self, packet: Packet) -> set[Rule]:
+        """Return the rules that have counted something since `load`."""
+
+
+def hold(lab: Lab, rules: Rules, packets: Iterable[Packet]) -> None:
+    """Send each packet through the rules: what counts it must be what one of its walks names."""
+    for packet in packets:
+        rules.load()
+        lab.on_node("conntrack", "-F")
+        ways = [
+            {
+                (step.table, step.chain, step.number)
+                for step in one.steps
+                if step.rule and step.number and rules.counts(step.rule.text)
+            }
+            for one in rules.walk(packet)
+        ]
+        assert all(ways), f"{packet}: nothing to see"
+        lab.send(packet)
+        found = _one_of(ways, partial(rules.counted, packet))
+        differences = [(sorted(found - way), sorted(way - found)) for way in ways]
+        assert found in ways, f"{packet}: counted, and walked: {differences}"
+
+
+def _one_of(ways: Sequence[set[Rule]], counted: Callable[[], set[Rule]]) -> set[Rule]:
+    """Return what was counted once that is one of the ways; or at last."""
+    found, end = counted(), time.monotonic() + PATIENCE
+    while found not in ways and time.monotonic() < end:
+        found = counted()
+    return found
+
+
+# To and through the Services of kube-proxy's recorded rules.
+RECORDED_PACKETS = [
+    from_client("10.244.1.10", "10.96.10.1", 80),
+    from_client("203.0.113.9", "10.96.10.1", 80),
+    from_client("10.244.1.10", "10.96.0.1", 443),
+    from_client("203.0.113.9", "192.0.2.61", 8080),
+    from_client("10.9.0.2", "192.0.2.61", 8080),
+    from_client("10.9.0.2", "192.0.2.62", 80),
+    from_client("10.9.0.2", NODE, 30090),
+    from_client("10.9.0.2", NODE, 32100),
+    from_client("10.9.0.2", "10.96.20.8", 80),
+    from_client("10.9.0.2", "10.96.10.5", 80),
+    from_client("10.9.0.2", "10.96.10.5", 81),
+    from_client("10.9.0.2", "10.96.99.9", 80),
+    from_client("10.9.0.2", "10.96.20.5", 80),
+    from_client("203.0.113.9", "8.8.4.4", 53),
+    from_node(NODE, "10.96.20.1", 8080),
+    from_node(NODE, "10.96.0.1", 443),
+    from_node(NODE, "10.96.20.8", 80),
+    from_node(NODE, "10.96.10.5", 81),
+    from_node(NODE, "10.96.99.9", 80),
+    from_node(NODE, NODE, 30080),
+    from_node(NODE, NODE, 30090),
+    from_node("127.0.0.1", "127.0.0.1", 30080),
+]

@@ -17,6 +17,7 @@ from kdns.api.access import (
     LIFETIME,
     RENEW,
     Credentials,
+    is_for_us,
     load_credentials,
     make_credentials,
     server_context,
@@ -204,3 +205,35 @@ def test_tls_is_not_older_than_1_2(tmp_path: Path, version: ssl.TLSVersion, take
     except ssl.SSLError:
         spoken = None
     assert (spoken is not None) is taken
+
+
+@pytest.mark.parametrize(
+    ("host", "heard"),
+    [
+        ("", True),  # HTTP/1.0; a browser always says it
+        ("127.0.0.1", True),
+        ("127.0.0.1:6443", True),
+        ("192.0.2.1:6443", True),
+        ("[::1]", True),
+        ("[::1]:6443", True),
+        ("[fd00::1]:80", True),
+        ("localhost:6443", True),
+        ("LOCALHOST.", True),
+        ("a.b.localhost:1", True),
+        ("vm", True),
+        ("VM:6443", True),
+        ("dev.example.:6443", True),
+        ("evil.example", False),
+        ("evil.example:6443", False),
+        ("xlocalhost", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example:80", False),
+        ("x.dev.example", False),
+        ("dev.example:x", False),
+        (":6443", True),
+        ("[evil.example]:80", False),
+        ("127.0.0.1@evil.example", False),
+    ],
+)
+def test_whom_a_host_header_means(host: str, heard: bool) -> None:
+    assert is_for_us(host, frozenset({"vm", "dev.example"})) == heard

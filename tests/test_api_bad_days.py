@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gzip
 import json
 import logging
 import re
 import resource
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,14 @@ import aiohttp
 import pytest
 import pytest_asyncio
 from asking_api import SERVICES, TOKEN, Answer, Api, Obj, named, service
+from running_api import Kubectl
+from yarl import URL
 
 import kdns
 from kdns.api.kinds import BY_PLURAL
 from kdns.api.objects import How
 from kdns.api.store import HELD, Delete, ObjectStore, Put
-from kdns.errors import ApiError
+from kdns.errors import ApiError, KdnsError
 
 MAPS = "/api/v1/namespaces/default/configmaps"
 PODS = "/api/v1/namespaces/default/pods"
@@ -357,6 +361,75 @@ async def test_a_web_page_cannot_use_an_api_without_a_token() -> None:
             assert (page.status, (await page.json())["reason"]) == (403, "Forbidden")
         async with session.post(url, json=service("web")) as program:
             assert program.status == 201
+
+
+class Rebound(aiohttp.abc.AbstractResolver):
+    """Every name leads to this host, as the DNS server of an attacker says."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[aiohttp.abc.ResolveResult]:
+        return [{"hostname": host, "host": "127.0.0.1", "port": port,
+                 "family": socket.AF_INET, "proto": 0, "flags": 0}]  # fmt: skip
+
+    async def close(self) -> None:
+        pass
+
+
+async def by_name(cluster: kdns.Cluster, name: str, **options: Any) -> tuple[int, Any]:
+    """Return status and body of a list of Services that is asked for under a name."""
+    url = URL(cluster.api_url + SERVICES).with_host(name)
+    connector = aiohttp.TCPConnector(resolver=Rebound(), **options)
+    head = {"Authorization": f"Bearer {token_of(cluster)}"} if options else {}
+    async with (
+        aiohttp.ClientSession(connector=connector, headers=head) as session,
+        session.get(url) as answer,
+    ):
+        return answer.status, await answer.json()
+
+
+def token_of(cluster: kdns.Cluster) -> str:
+    return str(cluster.kubeconfig_dict["users"][0]["user"]["token"])
+
+
+async def test_a_page_whose_name_leads_here_reads_nothing_without_a_token() -> None:
+    """DNS rebinding: the browser takes the API for the page's own server, and sends no Origin."""
+    async with kdns.Cluster(dns=False, api_names=["Dev.Example"]) as cluster:
+        for name in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "com"):
+            status, said = await by_name(cluster, name)
+            assert (status, said["kind"], said["reason"]) == (403, "Status", "Forbidden")
+            assert f"Host '{name}:" in said["message"] and "--api-name" in said["message"]
+        for name in ("localhost", "LocalHost", "x.localhost", "127.0.0.1", socket.gethostname(),
+                     "dev.example", "kubernetes.default.svc"):  # fmt: skip
+            status, said = await by_name(cluster, name)
+            assert (status, said["kind"]) == (200, "ServiceList"), name
+
+
+async def test_with_tls_and_a_token_any_name_is_heard_and_the_certificate_has_those_given() -> None:
+    async with kdns.Cluster(dns=False, tls=True, api_names=["dev.example"]) as cluster:
+        authority = base64.b64decode(
+            cluster.kubeconfig_dict["clusters"][0]["cluster"]["certificate-authority-data"]
+        )
+        trusting = ssl.create_default_context(cadata=authority.decode())
+        assert (await by_name(cluster, "dev.example", ssl=trusting))[0] == 200
+        assert (await by_name(cluster, "other.example", ssl=False))[0] == 200
+        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            await by_name(cluster, "other.example", ssl=trusting)
+
+
+async def test_kubectl_is_heard_without_a_token(tmp_path: Path) -> None:
+    async with kdns.Cluster(dns=False) as cluster:
+        kubectl = Kubectl(tmp_path, cluster.kubeconfig_text)
+        place = f"localhost:{URL(cluster.api_url).port}"
+        for flags in ((), (f"--server=http://{place}",)):
+            said = await asyncio.to_thread(kubectl, *flags, "get", "services", "-o", "name")
+            assert said == "service/kubernetes\n"
+
+
+async def test_a_name_that_is_none_is_told() -> None:
+    for name in ("a b", "", "http://x", "x:80", "-x", "ü.example"):
+        with pytest.raises(KdnsError, match=r"is neither a host name, such as"):
+            await kdns.Cluster(dns=False, api_names=[name]).start()
 
 
 async def test_a_token_of_odd_octets_is_a_wrong_token(api: Api) -> None:

@@ -9,18 +9,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from running import RunningKdns
 from test_app import get, write
 
 from kdns.dns import types as t
-from kdns.dns.message import RR, Query, Reply, parse_message, render_query
+from kdns.dns.message import RR, Edns, Message, Query, Reply, parse_message, render_query
 from kdns.dns.name import parse_name
 from kdns.plugins.file import File
 from kdns.plugins.hosts import Hosts
 from kdns.plugins.kubernetes import Kubernetes
 from kdns.plugins.log import Format
 from kdns.plugins.whoami import Whoami
+from kdns.server.http import DNS_MESSAGE
 
 pytestmark = pytest.mark.asyncio
 PANICS = "coredns_panics_total"
@@ -66,6 +68,34 @@ async def test_an_answer_that_cannot_be_rendered_is_servfail(
         assert (await kdns.ask("good.")).rcode == t.NOERROR
         assert await over_tcp(kdns, "bad.", "good.") == [t.SERVFAIL, t.NOERROR]
         assert kdns.app.metrics.value(PANICS) == 2
+
+
+async def over_https(kdns: RunningKdns, name: str) -> tuple[int, str, Message]:
+    """Return (status, Cache-Control, answer) of a question put over HTTP (RFC 8484)."""
+    url = f"http://127.0.0.1:{kdns.app.port('https')}/dns-query"
+    wire = render_query(1, parse_name(name), t.A, edns=Edns(1232))
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(url, data=wire, headers={"Content-Type": DNS_MESSAGE}) as response,
+    ):
+        assert response.content_type == DNS_MESSAGE, await response.text()
+        kept = response.headers.get("Cache-Control", "")
+        return response.status, kept, parse_message(await response.read())
+
+
+async def test_over_https_too_an_answer_that_cannot_be_rendered_is_servfail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Whoami, "on_query", broken_for(b"\x03bad\x00", unrenderable))
+    async with RunningKdns("https://.:0 {\n bind 127.0.0.1\n whoami\n}\n") as kdns:
+        status, kept, answer = await over_https(kdns, "bad.")
+        assert (status, answer.rcode) == (200, t.SERVFAIL)
+        assert kept == "max-age=5", "as of any failure, not for the TTL of what failed"
+        assert answer.edns is not None
+        assert answer.edns.options[0][1][2:] == b"internal error of kdns; its log tells more"
+        status, _, answer = await over_https(kdns, "good.")
+        assert (status, answer.rcode) == (200, t.NOERROR)
+        assert kdns.app.metrics.value(PANICS) == 1
 
 
 async def test_a_transfer_that_breaks_off_ends_its_connection_and_no_other(

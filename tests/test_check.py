@@ -428,8 +428,8 @@ def test_text_says_what_why_and_what_to_do_and_is_plain_where_no_terminal_is(
 WRONG_USAGE = [
     (["--server", "10.0.0.1:dns"], "'10.0.0.1:dns' is not ADDRESS"),
     (["--server", "10.0.0.1", "--no-dns"], "exclude each other"),
-    (["--watch", "soon"], "how many seconds"),
-    (["--watch", "0"], "how many seconds"),
+    (["--watch", "soon"], "'soon' is not a duration; write it as 500ms, 30s or 1m30s"),
+    (["--watch", "0"], "'0' is out of range; it must be 100ms to 86400s"),
     (["--mode", "ebpf"], "ebpf"),
     (["--node", "node9"], "there is no Node 'node9'; there is node1"),
     (["--control", "/nowhere"], "two origins"),

@@ -9,6 +9,7 @@ from typing import Any
 import dns.edns
 import dns.message
 import pytest
+from explained import EDNS, asking, reason
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from objects import (
@@ -46,7 +47,6 @@ from kdns.server.packetcache import PacketCache
 from kdns.zone.cluster import describe_dep
 from kdns.zone.nearest import distance
 
-EDNS = Edns(1232)
 NOT_READY = {"conditions": {"ready": False}}
 WORLD = (
     namespace("prod"),
@@ -73,14 +73,24 @@ WORLD = (
 SVC = "svc.cluster.local"
 
 
-def reason(reply: Reply) -> str:
-    return f"{reply.ede.code} {reply.ede.text}" if reply.ede is not None else ""
-
-
 def why(plugins: list[Plugin] | Plugin, name: str, qtype: str = "A", **more: Any) -> str:
     """Return code and text of the extended error in an answer to a question with EDNS."""
     chain = plugins if isinstance(plugins, list) else [plugins]
-    return reason(answer(chain, question(name, qtype, edns=EDNS, **more)))
+    return reason(answer(chain, asking(name, qtype, **more)))
+
+
+def cluster(text: str, *objects: Any) -> list[Plugin]:
+    """Return the plugins of a Corefile, whose `kubernetes` has these objects."""
+    plugins = build(text)
+    publish(plugins, *objects)
+    return plugins
+
+
+def publish(plugins: list[Plugin], *objects: Any) -> None:
+    now = snapshot(*objects)
+    for plugin in plugins:
+        if isinstance(plugin, Kubernetes):
+            plugin.publish(now, everything(now), 0.0)
 
 
 # --- names of the cluster -----------------------------------------------------------------
@@ -193,7 +203,7 @@ def test_without_edns_there_is_no_reason_and_the_answer_is_the_same(
 ) -> None:
     plugin = kubernetes(options, *WORLD)
     plain = answer([plugin], question(name, qtype))
-    told = answer([plugin], question(name, qtype, edns=EDNS))
+    told = answer([plugin], asking(name, qtype))
     assert plain.ede is None and plain.why is None
     for part in ("rcode", "flags", "answer", "authority", "additional", "keep"):
         assert getattr(plain, part) == getattr(told, part), part
@@ -262,7 +272,7 @@ def test_a_name_that_falls_through_has_the_reasons_of_who_answers() -> None:
 def test_the_gate(name: str, state: str, expected: str) -> None:
     plugin = kubernetes("", *WORLD)
     plugin.gate_state = lambda key: state if key == ("default", name) else ""
-    reply = answer([plugin], question(f"{name}.default.{SVC}.", edns=EDNS))
+    reply = answer([plugin], asking(f"{name}.default.{SVC}."))
     assert reason(reply) == expected
     # What is true only now is not repeated.
     assert reply.keep == (0.0 if expected else FOREVER)
@@ -300,7 +310,9 @@ def test_names_by_likeness_are_those_of_an_index_made_from_scratch(
 def test_one_mistake_among_ten_thousand_names() -> None:
     words = "api web cart order billing search mail report".split()
     names = [f"{words[n % 8]}-{words[n // 8 % 8]}-{n}" for n in range(10_000)]
-    plugin = kubernetes("", *(service(name) for name in names))
+    plugin = kubernetes(
+        "", *(service(name, ip=f"10.97.{n // 256}.{n % 256}") for n, name in enumerate(names))
+    )
     tried = hits = 0
     for name in names[::499]:
         for at in range(0, len(name), 3):
@@ -354,7 +366,7 @@ def test_a_reason_never_costs_a_record(records: int, text: int, size: int) -> No
 
 
 def test_an_upstreams_own_reason_is_passed_on_as_it_came() -> None:
-    query = question("www.example.com.", edns=EDNS)
+    query = asking("www.example.com.")
     reply = Reply(t.SERVFAIL, flags=0)
     reply.edns = Edns(1232, options=[(15, b"\0\x06bogus"), (3, b"ns1")])
     message = dns.message.from_wire(render_reply(query, reply))
@@ -374,13 +386,11 @@ def test_no_block_no_plugin_no_class() -> None:
         assert isinstance(reply, Reply)
         return reason(reply)
 
-    assert ask(question("example.org.", edns=EDNS)) == (
+    assert ask(asking("example.org.")) == (
         "20 no server block here is for this name, only for a.test., b.test."
     )
     assert ask(question("example.org.")) == ""
-    assert ask(question("version.bind.", "TXT", qclass="CH", edns=EDNS)) == (
-        "21 only class IN is answered here"
-    )
+    assert ask(asking("version.bind.", "TXT", qclass="CH")) == ("21 only class IN is answered here")
     assert ask(question("x.a.test.", edns=Edns(1232, version=1))) == "", "BADVERS"
     assert why(build("log"), "a.test.") == (
         "20 no plugin of this server block answers for the name"
@@ -398,7 +408,7 @@ def test_no_block_no_plugin_no_class() -> None:
 )
 def test_acl(rule: str, expected: str) -> None:
     plugins = [*build(f"acl example.org {{\n{rule}\n}}"), Stub()]
-    query = question("example.org.", client="10.0.0.1", edns=EDNS)
+    query = asking("example.org.", client="10.0.0.1")
     reply = answer(plugins, query)
     assert reason(reply) == expected
     options = dns.message.from_wire(render_reply(query, reply)).options
@@ -443,21 +453,13 @@ def test_cached_answers(reply: Reply, age: int, expected: str) -> None:
 
 def test_a_cached_denial_is_explained_to_those_who_want_it() -> None:
     """One entry serves who asks with EDNS and who asks without; the reason is today's."""
-    plugins = build("cache 30\nkubernetes cluster.local")
-    plugin = plugins[1]
-    assert isinstance(plugin, Kubernetes)
+    plugins = cluster("cache 30\nkubernetes cluster.local", service("other"))
     name = f"wbe.default.{SVC}."
-
-    def publish(*objects: Any) -> None:
-        now = snapshot(*objects)
-        plugin.publish(now, everything(now), 0.0)
-
-    publish(service("other"))
     router = Router({ROOT: Chain(plugins)})
     first = router.resolve(question(name))
     assert isinstance(first, Reply) and first.served_by == "kubernetes" and first.ede is None
-    publish(service("web"))
-    second = router.resolve(question(name, edns=EDNS))
+    publish(plugins, service("web"))
+    second = router.resolve(asking(name))
     assert isinstance(second, Reply) and second.served_by == "cache"
     assert reason(second) == "0 no Service wbe in namespace default; nearest: web"
     assert ("names", b"default") in second.deps
@@ -465,11 +467,11 @@ def test_a_cached_denial_is_explained_to_those_who_want_it() -> None:
 
 def test_a_cache_forgets_an_alias_within_one_namespace() -> None:
     """Its answer has the namespace among its deps twice."""
-    plugins = build("cache 30\nkubernetes cluster.local")
-    plugin = plugins[1]
-    assert isinstance(plugin, Kubernetes)
-    now = snapshot(service("web"), external("alias", f"web.default.{SVC}"))
-    plugin.publish(now, everything(now), 0.0)
+    plugins = cluster(
+        "cache 30\nkubernetes cluster.local",
+        service("web"),
+        external("alias", f"web.default.{SVC}"),
+    )
     for served_by in ("kubernetes", "cache"):
         assert answer(plugins, question(f"alias.default.{SVC}.")).served_by == served_by
     plugins[0].invalidate([(b"default", b"web")])  # type: ignore[attr-defined]
@@ -477,26 +479,23 @@ def test_a_cache_forgets_an_alias_within_one_namespace() -> None:
 
 
 def test_autopath_gives_the_reason_for_the_clients_own_name() -> None:
-    plugins = build("autopath @kubernetes\nkubernetes cluster.local {\npods verified\n}")
-    plugin = plugins[1]
-    assert isinstance(plugin, Kubernetes)
-    now = snapshot(service("web"), pod("p", "10.244.1.9"))
-    plugin.publish(now, everything(now), 0.0)
+    plugins = cluster(
+        "autopath @kubernetes\nkubernetes cluster.local {\npods verified\n}",
+        service("web"),
+        pod("p", "10.244.1.9"),
+    )
     below = Stub({("www.test.", "A"): Reply(answer=[a("www.test.", "192.0.2.1")])})
     for name, expected in (
         ("www.test", ""),
         ("wbe", "0 no Service wbe in namespace default; nearest: web"),
     ):
-        query = question(f"{name}.default.{SVC}.", client="10.244.1.9", edns=EDNS)
+        query = asking(f"{name}.default.{SVC}.", client="10.244.1.9")
         assert reason(answer([*plugins, below], query)) == expected
 
 
 def test_rewrite_gives_the_reason_of_the_answer() -> None:
-    plugins = build(f"rewrite name shop.test. wbe.default.{SVC}.\nkubernetes cluster.local")
-    plugin = plugins[1]
-    assert isinstance(plugin, Kubernetes)
-    now = snapshot(service("web"))
-    plugin.publish(now, everything(now), 0.0)
+    text = f"rewrite name shop.test. wbe.default.{SVC}.\nkubernetes cluster.local"
+    plugins = cluster(text, service("web"))
     assert why(plugins, "shop.test.").endswith("nearest: web")
 
 
@@ -514,12 +513,8 @@ def test_rewrite_gives_the_reason_of_the_answer() -> None:
     ],
 )
 def test_explain_off(text: str, name: str, qtype: str) -> None:
-    told, untold = build(text), build(f"{text}\nexplain off")
-    for plugins in (told, untold):
-        for plugin in plugins:
-            if isinstance(plugin, Kubernetes):
-                plugin.publish(snapshot(service("web")), Changes(), 0.0)
-    first, second = why(told, name, qtype), why(untold, name, qtype)
+    first = why(cluster(text, service("web")), name, qtype)
+    second = why(cluster(f"{text}\nexplain off", service("web")), name, qtype)
     assert (bool(first), second) == (True, "")
     again = why(build(f"{text}\nexplain on"), name, qtype)
     assert again.split()[0] in (first.split()[0], "14")  # 14: nothing is listed in this one
@@ -586,7 +581,7 @@ class Clients:
 
     def ask(self, name: str, qtype: int, edns: Edns | None) -> bytes:
         wire = render_query(7, parse_name(name), qtype, edns=edns)
-        entry = self.cache.find_spelt(wire)
+        entry = self.cache.find_spelt(wire) or self.cache.find_below(wire)
         kept = self.cache.repeat(entry, wire, 0.0) if entry is not None else None
         if kept is not None:
             return kept
@@ -618,6 +613,85 @@ def test_reasons_are_those_of_now_whatever_happened_before(
     options: str, cache: str, events: list[tuple[Any, ...]], questions: list[tuple[str, int]]
 ) -> None:
     check_history(options, cache, events, questions)
+
+
+# Labels as long as each other, so that names made of them are often told one reason for all; some
+# stand for a Service, a namespace, or both.
+ALIKE = ("svc", "web", "api", "prd", "com")
+ALIKE_EVENT = st.tuples(
+    st.sampled_from(("service", "service", "external", "gone", "namespace", "namespace")),
+    st.sampled_from(("prd", "dev", "web")),
+    st.sampled_from(("web", "api", "com", "prd")),
+    st.integers(0, 3),
+)
+ENDS = ("svc", "prd.svc", "dev.svc", "web.svc", "com.svc", "api.prd.svc", "prd", "web", "com",
+        "api.prd", "svc.com.prd.svc", "pod", "prd.pod")  # fmt: skip
+# Names of as many labels that end alike.
+ALIKE_NAMES = st.tuples(st.sampled_from(ENDS), st.integers(1, 4)).flatmap(
+    lambda kind: st.lists(
+        st.lists(st.sampled_from(ALIKE), min_size=kind[1], max_size=kind[1]).map(
+            lambda front: ".".join((*front, kind[0], "cluster.local."))
+        ),
+        min_size=2, max_size=8, unique=True,
+    )
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from((*OPTIONS, "pods insecure", "pods verified", "zonal")),
+    st.lists(ALIKE_EVENT, min_size=1, max_size=6),
+    st.lists(ALIKE_NAMES, min_size=1, max_size=4),
+    st.sampled_from((t.A, t.A, t.TXT)),
+)
+def test_names_that_are_told_one_reason_have_that_reason(
+    options: str, events: list[tuple[Any, ...]], names: list[list[str]], qtype: int
+) -> None:
+    check_history(options, "", events, [(name, qtype) for group in names for name in group])
+
+
+# Names of as many labels that end alike, and yet are told other reasons; what happened before.
+UNLIKE: dict[str, tuple[list[tuple[str, str, str]], list[str]]] = {
+    "a search list added to one of them": (
+        [], ["aaa.api.web.com.prd.svc", "aaa.api.svc.com.prd.svc", "svc.api.aaa.com.prd.svc"],
+    ),
+    "the other way round": (
+        [("namespace", "prd", ""), ("service", "prd", "com"), ("gone", "prd", "com"),
+         ("service", "prd", "com"), ("namespace", "web", ""), ("service", "web", "com")],
+        ["aaa.abc.com.svc", "aaa.web.com.svc", "aaa.prd.com.svc"],
+    ),
+    "without svc": (
+        [("namespace", "prd", ""), ("service", "prd", "web")],
+        ["aaa.api.prd.com", "aaa.web.prd.com", "aaa.api.prd", "aaa.web.prd"],
+    ),
+    "without svc, in a namespace that comes": (
+        [("service", "prd", "web"), ("namespace", "prd", "")],
+        ["aaa.api.prd.com", "aaa.web.prd.com"],
+    ),
+    "in a namespace that comes and goes": (
+        [("namespace", "prd", ""), ("namespace", "prd", "")],
+        ["a.b.c.d.prd.pod", "a.b.c.e.prd.pod", "a.b.c.d.prd.svc", "a.b.c.e.prd.svc"],
+    ),
+    "a Service that comes and goes": (
+        [("namespace", "prd", ""), ("service", "prd", "web"), ("gone", "prd", "web")],
+        [f"{front}.{end}.prd.svc" for end in ("api", "web")
+         for front in ("a.b.c", "a.b.d", "_h._tcp", "_w._tcp", "aaaaa", "bbbbb")],
+    ),
+    "a Service of the namespace's name that comes": (
+        [("namespace", "web", ""), ("service", "web", "com"), ("gone", "web", "com")],
+        ["aaa.api.com.svc", "aaa.web.com.svc", "api.com.svc", "web.com.svc"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_names_that_end_alike_and_have_reasons_of_their_own(case: str) -> None:
+    events, names = UNLIKE[case]
+    for options in ("", "pods insecure", "zonal"):
+        check_history(
+            options, "", [("gone", "default", "api", 0), *((*event, 0) for event in events)],
+            [(f"{name}.cluster.local.", t.A) for name in (*names, *names[::-1])],
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("cache", ["", "cache 30"])
@@ -689,6 +763,7 @@ def check_history(
         fresh.publish(now, everything(now))
         for asked, qtype in questions:
             for edns in (None, EDNS, EDNS, EDNS):
+                fresh.cache = PacketCache()
                 got, wanted = (told(one.ask(asked, qtype, edns)) for one in (clients, fresh))
                 if not cache:  # which shows another TTL
                     assert got == wanted, (asked, qtype, events)
@@ -717,4 +792,4 @@ def test_what_a_dep_stands_for(dep: Any, text: str) -> None:
 
 
 def test_questions_that_wait_for_an_upstream_stay_as_they_are() -> None:
-    assert isinstance(run(build("forward . 192.0.2.1"), question("a.test.", edns=EDNS)), Pending)
+    assert isinstance(run(build("forward . 192.0.2.1"), asking("a.test.")), Pending)

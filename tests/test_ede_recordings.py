@@ -13,21 +13,13 @@ import json
 import os
 
 import dns.asyncquery
-import dns.edns
-import dns.message
 import pytest
+from explained import reason_on_the_wire
 from running import RunningKdns
 from test_recordings import GOLDEN, NAMES, corefile, counted_down, query_of, sections
 from upstream_server import UpstreamServer
 
 pytestmark = pytest.mark.asyncio
-
-
-def reason_of(message: dns.message.Message) -> str:
-    """Return the code and text of the one extended error in a reply, or nothing."""
-    found = [o for o in message.options if isinstance(o, dns.edns.EDEOption)]
-    assert len(found) < 2
-    return f"{int(found[0].code)} {found[0].text}" if found else ""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,7 +39,7 @@ async def test_answers_are_coredns_s_and_their_reasons_are_in_the_table(name: st
             got["opt"] = wanted["opt"] = None
             if not counted_down(got, wanted):
                 differing.append((row["q"], got, wanted))
-            reason = reason_of(reply)
+            reason = reason_on_the_wire(reply)
             if reason:
                 lines.add(f"{row['q'][0]} {row['q'][1]} {got['rcode']} {reason}")
     assert not differing, f"{len(differing)} differ; the first: {differing[:3]}"

@@ -31,7 +31,7 @@ LAYERS = (
     ("pipeline",),
     ("source", "server"),
     ("kernel", "api"),  # their HTTP is server/'s
-    ("site", "control"),
+    ("site", "control", "flags"),
     ("app", "agent", "lookup"),
     ("cluster", "node", "worker"),
     ("up", "node_command"),

@@ -424,7 +424,7 @@ def test_the_live_view_of_a_pipe_takes_keys_from_the_terminal(tmp_path: Path) ->
 def test_once_from_a_running_kdns(up: Up) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "kdns", "top", "--control", str(up.facts["control"]), "-o", "json",
-         "--for", "4"],
+         "--for", "1"],
         cwd=PROJECT, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     while process.poll() is None:

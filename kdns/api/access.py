@@ -8,10 +8,11 @@ import errno
 import ipaddress
 import json
 import os
+import re
 import secrets
 import ssl
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,6 +27,8 @@ RENEW = timedelta(days=7)  # before its end a certificate is replaced
 # Clocks of a machine and its containers differ; a certificate of the future is refused.
 BACKDATE = timedelta(hours=1)
 NAME = "kdns"
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOST = re.compile(rf"{_LABEL}(\.{_LABEL})*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,35 @@ class Credentials:
     @property
     def secure(self) -> bool:
         return bool(self.certificate)
+
+
+def is_host(text: str) -> bool:
+    """Tell whether a text is an IP address or a host name (RFC 1123 s2.1), in ASCII."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return len(text) < 254 and _HOST.fullmatch(text) is not None
+    return True
+
+
+def is_for_us(host: str, names: Collection[str]) -> bool:
+    """Tell whether a Host header can be of somebody who means this server: an address, localhost
+    or a name below it (RFC 6761 s6.3), or one of `names`; "": whoever sends none is no browser.
+
+    Anybody may let a name of his own lead to this host (DNS rebinding): to a browser his page is
+    then one of this server, and it lets the page read all that the server answers.
+    """
+    name, colon, port = host.rpartition(":")
+    if not colon or not port.isdecimal():
+        name = host
+    name = name.strip("[]").rstrip(".").lower()
+    if name in ("", "localhost", *names) or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def make_credentials(

@@ -14,7 +14,7 @@ import logging
 import ssl
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from kdns.api import discovery, openapi, openapi_v2, status
+from kdns.api.access import is_for_us
 from kdns.api.answers import (
     FORMS,
     Answers,
@@ -103,6 +104,7 @@ class ApiServer:
     """Serves `objects` on one address.
 
     token -- bearer token every request must carry; "": nobody is asked
+    names -- in lower case, by which it is reached besides its addresses and localhost
     patience -- seconds after which a watcher that takes nothing is cut off
     fault -- for tests: called with each request; what it returns is sent instead
     """
@@ -116,6 +118,7 @@ class ApiServer:
         port: int = 0,
         context: ssl.SSLContext | None = None,
         token: str = "",
+        names: Collection[str] = (),
         clock: Callable[[], float] = time.time,
         patience: float = STUCK_SECONDS,
     ) -> None:
@@ -125,6 +128,7 @@ class ApiServer:
         self.ready: Callable[[], bool] = lambda: True
         self._context = context
         self._token = token
+        self._names = frozenset(names)
         self._answers = Answers(clock)
         self._watches = Watches(objects.store, self._answers.table, patience)
         self._held: dict[int, int] = {}  # octets of the body of each request under way
@@ -172,7 +176,7 @@ class ApiServer:
         label = ("", "")
         response: web.StreamResponse
         try:
-            self._check_token(request)
+            self._check_sender(request)
             if self.fault is not None:
                 answer = self.fault(request)
                 if asyncio.iscoroutine(answer):
@@ -199,15 +203,29 @@ class ApiServer:
         self._requests.labels(request.method, *label, str(response.status)).add()
         return response
 
-    def _check_token(self, request: web.BaseRequest) -> None:
-        if not self._token and "Origin" in request.headers:
-            # Any page that a browser shows may post to this host; programs do not say this.
-            raise ApiError(403, "Forbidden", "web pages are heard with a token only")
-        if not self._token or request.path.strip("/").partition("/")[0] in OPEN:
+    def _check_sender(self, request: web.BaseRequest) -> None:
+        if not self._token:
+            self._check_no_page(request)
+            return
+        if request.path.strip("/").partition("/")[0] in OPEN:
             return
         said = request.headers.get("Authorization", "").encode(errors="surrogateescape")
         if not hmac.compare_digest(said, f"Bearer {self._token}".encode()):
             raise ApiError(401, "Unauthorized", "Unauthorized")
+
+    def _check_no_page(self, request: web.BaseRequest) -> None:
+        """Refuse what only a web page in somebody's browser sends."""
+        if "Origin" in request.headers:
+            # Any page that a browser shows may post to this host; programs do not say this.
+            raise ApiError(403, "Forbidden", "web pages are heard with a token only")
+        host = request.headers.get("Host", "")
+        if not is_for_us(host, self._names):
+            raise ApiError(
+                403, "Forbidden",
+                f"Host {host!r} is no name of this server, and without a token others are not"
+                " heard: a web page may let its own name lead here. Use the address or localhost,"
+                " or start kdns with --api-name for this name",
+            )  # fmt: skip
 
     async def _body(self, request: web.BaseRequest) -> bytes:
         """Return a request's body. Raises ApiError: 413 for a long one, 429 if too much is

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
-from typing import Any, Final
+from typing import Final
 
 import click
 
@@ -26,37 +26,23 @@ from kdns.explain.check import SETTLE, Report, Wishes, check
 from kdns.explain.check_finding import PARTS, Finding, count
 from kdns.explain.check_sight import read_servers
 from kdns.explain.evidence import Where
+from kdns.explain.where_flags import looks_at
+from kdns.flags import DAY, Duration
 
-INTERVAL: Final = 5.0  # seconds between two looks of --watch
+INTERVAL: Final = "5s"  # between two looks of --watch
 MOST_ALIKE: Final = 10  # findings of one id that are printed; -o json has them all
 COLOURS: Final = {"error": "red", "warning": "yellow", "note": "cyan"}
 NEW, OVER = "new", "over"
 
 
 @click.command()
-@click.option(
-    "-f", "--manifests", "manifests", metavar="PATH", multiple=True,
-    help="Check manifests, without any cluster; may be repeated.",
-)  # fmt: skip
-@click.option("--kubeconfig", metavar="FILE", default="", help="Check the cluster of this file.")
-@click.option("--context", metavar="NAME", default="", help="Context of the kubeconfig.")
-@click.option(
-    "--control", metavar="PATH", default="", help="Check a running kdns, by its control socket."
-)
+@looks_at
 @click.option(
     "--server", "servers", metavar="A[,B]", default="",
     help="DNS servers to ask, ADDRESS[:PORT].  [default: kdns's own, and the endpoints of Service"
     " kube-system/kube-dns]",
 )  # fmt: skip
 @click.option("--no-dns", is_flag=True, help="Ask no DNS server.")
-@click.option("--no-kernel", is_flag=True, help="Do not look at this host's rules and settings.")
-@click.option("--corefile", metavar="FILE", default="", help="Expect DNS to answer by this file.")
-@click.option("--node", metavar="NAME", default="", help="Whose rules are wanted.")
-@click.option(
-    "--mode", type=click.Choice(["iptables", "nftables", "ipvs", "userspace"]), default=None,
-    help="Whose rules are wanted.  [default: those that are there]",
-)  # fmt: skip
-@click.option("--cluster-cidr", metavar="C", default=None, help="Where Pods have their addresses.")
 @click.option(
     "--service-cidr",
     metavar="C",
@@ -64,38 +50,24 @@ NEW, OVER = "new", "over"
     help="Where Services have theirs; C,C for both families.",
 )
 @click.option(
-    "--settle", metavar="SECONDS", type=click.FloatRange(0, 3600), default=SETTLE,
-    show_default=True,
+    "--settle", type=Duration(0, 3600), default=f"{SETTLE:g}s", show_default=True,
     help="Look again after this time at what may be but a change on its way; 0: tell it at once.",
 )  # fmt: skip
 @click.option("-o", "--output", type=click.Choice(["text", "json"]), default="text")
 @click.option(
-    "--watch", "watch", metavar="[SECONDS]", is_flag=False, flag_value=str(INTERVAL), default=None,
-    help="Go on, and tell what is new and what is over.",
+    "--watch", metavar="[DURATION]", type=Duration(0.1, DAY), is_flag=False, flag_value=INTERVAL,
+    default=None, help="Go on looking, this often, and tell what is new and what is over.",
 )  # fmt: skip
 def command(
-    manifests: tuple[str, ...],
-    kubeconfig: str,
-    context: str,
-    control: str,
+    where: Where,
     servers: str,
     no_dns: bool,
-    no_kernel: bool,
-    corefile: str,
-    node: str,
-    mode: Any,
-    cluster_cidr: str | None,
     service_cidr: str,
     settle: float,
     output: str,
-    watch: str | None,
+    watch: float | None,
 ) -> int:
     """Hold registry, DNS answers and kernel rules against each other, and say what is wrong."""
-    where = Where(
-        manifests=manifests, kubeconfig=kubeconfig, context=context, control=control,
-        corefile=corefile, node=node, mode=mode or "", cluster_cidr=cluster_cidr,
-        use_kernel=not no_kernel,
-    )  # fmt: skip
     if no_dns and servers:
         raise click.UsageError("--server and --no-dns exclude each other")
     cidrs = tuple(one for one in service_cidr.replace(",", " ").split())
@@ -104,17 +76,7 @@ def command(
         report = check(wishes, settle)
         _say(as_json(report) if output == "json" else as_text(report))
         return 1 if report.faults else 0
-    return _watch(wishes, settle, _seconds(watch), output)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1
-    if not 0.1 <= seconds <= 86400:
-        raise click.UsageError(f"--watch {text}: how many seconds, from 0.1 to 86400")
-    return seconds
+    return _watch(wishes, settle, watch, output)
 
 
 # --- once -----------------------------------------------------------------------------------

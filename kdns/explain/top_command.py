@@ -25,6 +25,7 @@ import msgspec
 from kdns.control import ENVIRONMENT, ControlClient, NoControl, find_control
 from kdns.errors import KdnsError
 from kdns.explain.top import Top
+from kdns.flags import DAY, Duration, control
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,23 +39,19 @@ DRAIN = 0.2  # seconds between two looks at what was read, while nothing is draw
 
 @click.command("top")
 @click.argument("file", metavar="[FILE]", default="")
+@control()
 @click.option(
-    "--control", metavar="PATH", default="",
-    help="The control socket of the kdns to watch.  [default: $KDNS_CONTROL, the kubeconfig's,"
-    " or /run/kdns/control.sock]",
+    "--window", type=Duration(1, DAY), default="60s", show_default=True,
+    help="The time that counts; a file counts whole.",
 )  # fmt: skip
 @click.option(
-    "--window", metavar="S", type=click.FloatRange(1, 86400), default=60.0, show_default=True,
-    help="Seconds that count; a file counts whole.",
-)  # fmt: skip
-@click.option(
-    "--interval", metavar="S", type=click.FloatRange(0.2, 60), default=1.0, show_default=True,
-    help="Seconds between two pages.",
+    "--interval", type=Duration(0.2, 60), default="1s", show_default=True,
+    help="The time between two pages.",
 )  # fmt: skip
 @click.option("--once", is_flag=True, help="Print one page and leave; so do pipes and '-o json'.")
 @click.option(
-    "--for", "seconds", metavar="S", type=click.FloatRange(0.1, 86400),
-    help="With --once, how long to listen.  [default: 5; a file and standard input: to the end]",
+    "--for", "seconds", type=Duration(0.1, DAY),
+    help="With --once, how long to listen.  [default: 5s; a file and standard input: to the end]",
 )  # fmt: skip
 @click.option("--rows", metavar="N", type=click.IntRange(1, ROWS), default=10, show_default=True,
               help="Rows a table in what is printed.")  # fmt: skip

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 
 import click
 
@@ -18,10 +19,9 @@ from kdns.explain.search import LIBCS
 from kdns.explain.trace import trace
 from kdns.explain.trace_state import Request
 from kdns.explain.trace_text import as_json, render
+from kdns.explain.where_flags import looks_at
 
 WIDEST = 100
-# kdns/proxy/config.py's.
-MODES = ("iptables", "nftables", "ipvs", "userspace")
 
 
 def parse_target(text: str) -> tuple[str, int | None]:
@@ -59,41 +59,10 @@ def parse_target(text: str) -> tuple[str, int | None]:
     "--libc", type=click.Choice(LIBCS), default="glibc", show_default=True,
     help="Whose search list it is; where the other finds something else it is said.",
 )  # fmt: skip
-@click.option(
-    "-f", "--manifests", "manifests", metavar="PATH", multiple=True,
-    help="Look at these manifests; nothing need run. May be repeated.",
-)  # fmt: skip
-@click.option(
-    "--kubeconfig", metavar="FILE", default="",
-    help="Look at this cluster; neither kdns nor root is needed.",
-)  # fmt: skip
-@click.option("--context", metavar="NAME", default="", help="Which context of it.")
-@click.option(
-    "--control", metavar="PATH", default="",
-    help="Look at a running kdns.  [default: the one that is found, then the kubeconfig]",
-)  # fmt: skip
-@click.option(
-    "--corefile", "-conf", "--conf", metavar="FILE", default="",
-    help="Answer names by this Corefile.  [default: the cluster's; for manifests kubeadm's]",
-)  # fmt: skip
-@click.option(
-    "--node", metavar="NAME", default="",
-    help="Whose rules, where the asker's node is not known.  [default: the first]",
-)  # fmt: skip
-@click.option(
-    "--mode", type=click.Choice(MODES), default=None,
-    help="Of the rules that are computed.  [default: as kdns runs; else iptables]",
-)  # fmt: skip
-@click.option(
-    "--cluster-cidr", metavar="C", default=None,
-    help="Where Pods have their addresses.  [default: as kdns runs; else kdns rules' own]",
-)  # fmt: skip
+@looks_at
 @click.option(
     "--server", metavar="A[:PORT]", default="",
     help="Ask this DNS server for real, too.  [default: a running kdns's own]",
-)  # fmt: skip
-@click.option(
-    "--no-kernel", is_flag=True, help="Compute the rules even where they could be read.",
 )  # fmt: skip
 @click.option("-v", "--verbose", is_flag=True, help="Every rule, endpoint and note.")
 @click.option(
@@ -105,16 +74,8 @@ def command(
     source: str,
     udp: bool,
     libc: str,
-    manifests: tuple[str, ...],
-    kubeconfig: str,
-    context: str,
-    control: str,
-    corefile: str,
-    node: str,
-    mode: str | None,
-    cluster_cidr: str | None,
+    where: Where,
     server: str,
-    no_kernel: bool,
     verbose: bool,
     output: str,
 ) -> int:
@@ -122,20 +83,7 @@ def command(
     or out and why, which rules a packet meets; and where it ends, or why it stops and what to
     do. Exit code 0: it arrives; 1: it stops; 2: wrong usage."""
     name, port = parse_target(what)
-    evidence = gather(
-        Where(
-            manifests=manifests,
-            kubeconfig=kubeconfig,
-            context=context,
-            control=control,
-            corefile=corefile,
-            node=node,
-            mode=mode or "",  # type: ignore[arg-type]
-            cluster_cidr=cluster_cidr,
-            server=server,
-            use_kernel=not no_kernel,
-        )
-    )
+    evidence = gather(replace(where, server=server))
     request = Request(name, port, source, "udp" if udp else "tcp", libc)  # type: ignore[arg-type]
     made = trace(evidence, request)
     if output == "json":

@@ -13,10 +13,10 @@ from typing import Any
 
 import click
 
+from kdns import flags
 from kdns.control import ControlClient, NoControl, find_control
 from kdns.dns.name import BadName
 from kdns.explain.wait import Outcome, Target, parse_target, wait
-from kdns.plugins.setup import parse_duration
 from kdns.server.client import RESOLV_CONF, Server, candidates, first_nameserver, search_path
 
 NAMESPACE = "default"  # of whom a name is completed as, unless told otherwise
@@ -24,30 +24,11 @@ STATUS = "/v1/status"
 STATUS_TIMEOUT = 2.0
 
 
-class _Seconds(click.ParamType):  # type: ignore[type-arg]  # older ones have none
-    name = "duration"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        if isinstance(value, float):
-            return value
-        found = parse_duration(str(value))
-        if found is None:
-            try:
-                found = float(value)
-            except ValueError:
-                self.fail(f"'{value}' is not a duration; write it as 30s or 1m30s", param, ctx)
-        if not 0 <= found <= 86400:
-            self.fail(f"'{value}' is not within 0s and 24h", param, ctx)
-        return found
-
-
 @click.command("wait")
 @click.argument("what", metavar="NAME[:PORT]")
 @click.option(
-    "--timeout", metavar="T", type=_Seconds(), default="30s", show_default=True,
-    help="How long to wait: 30s, 1m30s, or seconds. It is tried once at least.",
+    "--timeout", type=flags.Duration(0, flags.DAY), default="30s", show_default=True,
+    help="How long to wait. It is tried once at least.",
 )  # fmt: skip
 @click.option(
     "--udp", is_flag=True,
@@ -65,14 +46,10 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg]  # older ones have no
     " nameserver of /etc/resolv.conf]",
 )  # fmt: skip
 @click.option(
-    "--port", metavar="N", type=click.IntRange(1, 65535), default=53, show_default=True,
+    "--port", metavar="N", type=flags.Port(1, 65535), default=53, show_default=True,
     help="The server's port.",
 )  # fmt: skip
-@click.option(
-    "--control", metavar="PATH", default="",
-    help="The control socket.  [default: $KDNS_CONTROL, the kubeconfig's, or"
-    " /run/kdns/control.sock]",
-)  # fmt: skip
+@flags.control()
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing when it is there.")
 def command(
     what: str, timeout: float, udp: bool, search: tuple[str, ...], server: str, port: int,

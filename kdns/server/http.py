@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from kdns.dns import types as t
-from kdns.dns.message import Reply, parse_query, render_header_error, render_reply
+from kdns.dns.message import Query, Reply, parse_query, render_header_error, render_reply
 from kdns.errors import WireError
 from kdns.metrics import Metrics
 from kdns.plugins.plugin import Drop, HttpRoute
@@ -225,11 +225,20 @@ class DohServer(_Server):
         outcome = result if isinstance(result, (Reply, Drop)) else await future
         if isinstance(outcome, Drop):
             return web.Response(status=500, text="no answer\n")
+        wire, fresh = self._render(query, outcome)
         return web.Response(
-            body=render_reply(query, outcome),
+            body=wire,
             content_type=DNS_MESSAGE,
-            headers={"Cache-Control": f"max-age={freshness(outcome)}"},
+            headers={"Cache-Control": f"max-age={fresh}"},
         )
+
+    def _render(self, query: Query, reply: Reply) -> tuple[bytes, int]:
+        """Return a reply's octets and its freshness; SERVFAIL if it cannot be rendered: the
+        failure is that of DNS, not of HTTP (RFC 8484 s4.2.1)."""
+        try:
+            return render_reply(query, reply), freshness(reply)
+        except Exception:
+            return self.exchange.render_panic(query), MIN_FRESH
 
     async def _read(self, request: web.BaseRequest) -> bytes | None:
         """Return the DNS message of a request; raises ValueError where it has none."""
