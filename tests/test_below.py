@@ -1,6 +1,7 @@
 """Below a name that is not there is nothing (RFC 8020): one kept answer serves all names there
-that are of one length, as what search lists make of names of the outside. It is the chain's answer
-all the same, counted alike, and gone once the name comes to be."""
+that are of one length and of as many labels, as what search lists make of names of the outside. It
+is the chain's answer all the same, reason (RFC 8914) and all, counted alike, and gone once the name
+comes to be."""
 
 from __future__ import annotations
 
@@ -32,10 +33,11 @@ ENDS = (
 FRONTS = ("", "a.", "b.", "ns.", "_h._t.", "w.new.", "w.svc.", "a.b.c.", "a.b.d.", "_http._tcp.",
           "10-244-0-7.", "w.w.w.w.w.", "w.w.w.w.new.", "dns-version.")  # fmt: skip
 TYPES = (t.A, t.AAAA, t.SRV, t.SOA, t.TXT, t.PTR, t.ANY)
+EDNS = (None, Edns(1232), Edns(1232, True), Edns(1232, options=[(10, b"12345678")]))
 ASK = st.tuples(
     st.just("ask"),
     st.tuples(st.sampled_from(FRONTS), st.sampled_from(ENDS)).map("".join),
-    st.sampled_from(TYPES), st.sampled_from((None, None, None, Edns(1232))), st.just(False),
+    st.sampled_from(TYPES), st.sampled_from((None, *EDNS)), st.just(False),
 )  # fmt: skip
 # Plugins that treat one of the names in another way than its neighbours.
 SINGULAR = (
@@ -172,18 +174,34 @@ def ask(server: Server, name: str, edns: Edns | None = None) -> bytes:
     return wire
 
 
+@pytest.mark.parametrize("edns", ["without", "with", "with a cookie"])
 @pytest.mark.parametrize("what", BLOCKS)
-def test_new_names_are_answered_without_the_chain_where_none_differs(what: str) -> None:
+def test_new_names_are_answered_without_the_chain_where_none_differs(what: str, edns: str) -> None:
     text, spared = BLOCKS[what]
     server, asked = server_of(text)
-    for end in ("com.default.svc.cluster.local.", "com.svc.cluster.local.", "com.cluster.local."):
+    for end in ("com.default.svc.cluster.local.", "com.svc.cluster.local.", "com.cluster.local.",
+                "a.long.name.com.default.svc.cluster.local."):  # fmt: skip
         asked.clear()
         for n in range(20):
             name = f"h{n:02}.Example.{end}"
-            wire = ask(server, name)
+            cookie = b"cookie%02d" % n
+            options = [(10, cookie)] if "cookie" in edns else []
+            wire = ask(server, name, None if edns == "without" else Edns(1232, options=options))
             assert wire[3] & 15 == t.NXDOMAIN
             assert wire[12:].startswith(parse_name(name))
+            assert (cookie in wire) is ("cookie" in edns)
+            assert (b"Services are" in wire or b"no " in wire) is (edns != "without")
         assert len(asked) == (2 if spared else 20)
+
+
+def test_a_name_of_more_labels_and_the_same_length_is_looked_up() -> None:
+    """`a.b.c.d` is as long as `ab0.c.d`; what is true of one need not be of the other."""
+    server, asked = server_of(KUBEADM + "kubernetes cluster.local")
+    for n in range(4):
+        ask(server, f"ab{n}.c.d.com.default.svc.cluster.local.")
+    assert len(asked) == 2
+    ask(server, "a.b.c.d.com.default.svc.cluster.local.")
+    assert len(asked) == 3
 
 
 def test_a_service_that_comes_is_seen_below_its_name() -> None:

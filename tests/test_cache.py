@@ -12,12 +12,13 @@ from support import FakeClock, a, build, cname, directives, errors_of, make_setu
 
 from kdns.dns import types as t
 from kdns.dns.message import AA, AD, CD, FOREVER, RA, RR, TC, Edns, Lease, Query, Reply, failure
-from kdns.dns.name import name_of, parse_name
+from kdns.dns.name import ROOT, name_of, parse_name
 from kdns.plugins import cache as cache_module
 from kdns.plugins.cache import Cache, Store
-from kdns.plugins.chain import Chain, Pending, Result
-from kdns.plugins.plugin import DROP, Ask, Forward, Outcome, Plugin
+from kdns.plugins.chain import Chain, Pending, Result, Router
+from kdns.plugins.plugin import DROP, Ask, Drop, Forward, Outcome, Plugin
 from kdns.plugins.setup import Setup
+from kdns.server.exchange import Exchange
 
 NAME = "www.example.org."
 
@@ -232,6 +233,82 @@ def test_the_upstreams_opt_ends_at_the_cache() -> None:
 
     world = World(below=answer)
     assert [world.ask().edns, world.ask().edns] == [None, None]
+
+
+# --- answers of an upstream ---------------------------------------------------------------
+
+
+class Waiting:
+    """An upstream that answers when told to (server/exchange.py's Upstreams)."""
+
+    def __init__(self) -> None:
+        self.askers: list[Callable[[Reply], None]] = []
+
+    def send(self, forward: Forward, done: Callable[[Reply], None]) -> None:
+        self.askers.append(done)
+
+    def answer(self, reply: Reply) -> None:
+        reply.upstream = "192.0.2.53:53"
+        self.askers.pop(0)(reply)
+
+
+def forwarding(text: str = "cache") -> World:
+    return World(text, lambda query: Forward(None, query))
+
+
+def test_an_answer_of_an_upstream_leaves_before_it_is_kept() -> None:
+    world, upstream = forwarding(), Waiting()
+    exchange = Exchange(Router({ROOT: world.chain}), upstream, world.cx.metrics)
+    kept_then: list[float] = []
+
+    def sent(outcome: Reply | Drop) -> None:
+        kept_then.append(world.count("entries", store))
+
+    for n, (reply, store) in enumerate(((positive(), "success"), (nxdomain(), "denial")), 1):
+        query = question(f"n{n}.example.org.")
+        reply.answer = [rr.owned_by(query.name) for rr in reply.answer]
+        exchange.answer(query, sent)
+        upstream.answer(reply)
+        assert kept_then == [0] * n
+        assert world.count("entries", store) == 1
+        assert isinstance(exchange.answer(query, lambda outcome: None), Reply)
+        assert world.count("hits_total", store) == 1
+
+
+@pytest.mark.parametrize("what", ["the next question", "the next answer", "a change"])
+def test_an_answer_of_an_upstream_is_kept_whatever_comes_next(what: str) -> None:
+    """Also where nobody says that it has left."""
+    world = forwarding()
+    reply = positive()
+    reply.upstream, reply.deps = "192.0.2.53:53", ("service",)
+    pending, other = world.run(), world.run(question("other.example.org."))
+    assert isinstance(pending, Pending) and isinstance(other, Pending)
+    pending.resume(reply)
+    match what:
+        case "the next question":
+            assert ttls(world.ask()) == [300]
+        case "the next answer":
+            other.resume(Reply(t.REFUSED))
+            assert world.count("entries", "success") == 1
+        case _:
+            world.cache.invalidate(["service"])
+            assert isinstance(world.run(), Pending)  # it is not true any more
+
+
+def test_what_is_kept_of_an_upstreams_answer_is_not_what_a_plugin_above_makes_of_it() -> None:
+    world = forwarding()
+    reply = positive(flags=RA | AD)
+    reply.upstream = "192.0.2.53:53"
+    pending = world.run()
+    assert isinstance(pending, Pending)
+    shown = pending.resume(reply)
+    assert isinstance(shown, Reply) and not shown.flags & AD
+    shown.answer.clear()
+    shown.rcode = t.REFUSED
+    validating = question(NAME)
+    validating.flags |= AD
+    again = world.ask(validating)
+    assert again.rcode == t.NOERROR and len(again.answer) == 1 and again.flags & AD
 
 
 # --- TTLs ---------------------------------------------------------------------------------
@@ -750,6 +827,7 @@ def test_a_store_agrees_with_a_plain_dict(operations: list[tuple[str, int, int]]
             k: (d,) for k, d in model.items()
         }
         assert gauge.value == len(model)
+        assert set(store._costs) == set(model)
 
 
 # --- mistakes -----------------------------------------------------------------------------

@@ -3,45 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import re
 
 import pytest
-from support import question
+from explained import asking, reason, without_times
 from test_upstream import Pool, arrived, closed_port, pool, to
 from upstream_server import CLOSE, UpstreamServer, silence
 
 from kdns.dns import types as t
-from kdns.dns.message import Edns, Reply
+from kdns.dns.message import Reply
 from kdns.plugins.forward import Upstream, Upstreams
 from kdns.server.upstream import cause_of
 
 __all__ = ["closed_port", "pool"]
 pytestmark = pytest.mark.asyncio
-EDNS = Edns(1232)
 
 
-def reason(reply: Reply) -> str:
-    """Return code and text, with the seconds made N.N."""
-    if reply.ede is None:
-        return ""
-    return f"{reply.ede.code} " + re.sub(r"\d+\.\d s", "N.N s", reply.ede.text)
+def told(reply: Reply) -> str:
+    """Return the reason of a reply, with the seconds made N.N."""
+    return without_times(reason(reply))
 
 
 async def test_an_upstream_that_says_nothing(pool: Pool) -> None:
     with UpstreamServer(silence) as server:
         upstreams = to(server, read_timeout=0.05, max_attempts=1)
-        reply = await pool.ask(upstreams, question("www.example.com.", edns=EDNS))
+        reply = await pool.ask(upstreams, asking())
         plain = await pool.ask(upstreams)
     assert reply.rcode == t.SERVFAIL
-    assert reason(reply) == f"22 no answer after N.N s: 127.0.0.1:{server.port} timed out"
+    assert told(reply) == f"22 no answer after N.N s: 127.0.0.1:{server.port} timed out"
     assert plain.ede is None, "nobody asked why"
 
 
 async def test_two_upstreams_that_fail_in_their_own_ways(pool: Pool, closed_port: int) -> None:
     with UpstreamServer(silence) as server:
         upstreams = to(server, closed_port, read_timeout=0.05, max_attempts=2)
-        reply = await pool.ask(upstreams, question("www.example.com.", edns=EDNS))
-    assert reason(reply) == (
+        reply = await pool.ask(upstreams, asking())
+    assert told(reply) == (
         f"23 no answer after N.N s: 127.0.0.1:{server.port} timed out,"
         f" 127.0.0.1:{closed_port} refused the connection"
     )
@@ -50,18 +46,18 @@ async def test_two_upstreams_that_fail_in_their_own_ways(pool: Pool, closed_port
 async def test_an_upstream_without_a_way_to_it(pool: Pool) -> None:
     """Connecting over UDP to the broadcast address is refused by the kernel at once."""
     upstreams = Upstreams((Upstream("255.255.255.255", 53),), max_attempts=1)
-    reply = await pool.ask(upstreams, question("www.example.com.", edns=EDNS))
-    assert reason(reply).startswith("23 no answer after N.N s: 255.255.255.255:53 ")
+    reply = await pool.ask(upstreams, asking())
+    assert told(reply).startswith("23 no answer after N.N s: 255.255.255.255:53 ")
 
 
 async def test_tcp_connections_that_end_or_are_refused(pool: Pool, closed_port: int) -> None:
     with UpstreamServer(lambda asked: CLOSE) as server:
         upstreams = to(server, force_tcp=True, max_attempts=1)
-        ended = await pool.ask(upstreams, question("www.example.com.", edns=EDNS))
-    assert reason(ended).startswith(f"23 no answer after N.N s: 127.0.0.1:{server.port} failed (")
+        ended = await pool.ask(upstreams, asking())
+    assert told(ended).startswith(f"23 no answer after N.N s: 127.0.0.1:{server.port} failed (")
     upstreams = to(closed_port, force_tcp=True, max_attempts=1)
-    refused = await pool.ask(upstreams, question("www.example.com.", edns=EDNS))
-    assert reason(refused) == (
+    refused = await pool.ask(upstreams, asking())
+    assert told(refused) == (
         f"23 no answer after N.N s: 127.0.0.1:{closed_port} refused the connection"
     )
 
@@ -69,15 +65,15 @@ async def test_tcp_connections_that_end_or_are_refused(pool: Pool, closed_port: 
 async def test_more_questions_than_may_be_under_way(pool: Pool) -> None:
     with UpstreamServer(silence) as server:
         upstreams = to(server, max_concurrent=1)
-        first = pool.begin(upstreams, question("a.example.com.", edns=EDNS))
+        first = pool.begin(upstreams, asking("a.example.com."))
         await arrived(server, 1)
-        second = await pool.ask(upstreams, question("b.example.com.", edns=EDNS))
+        second = await pool.ask(upstreams, asking("b.example.com."))
         assert second.rcode == t.REFUSED
-        assert reason(second) == "0 concurrent queries exceeded maximum 1"
+        assert told(second) == "0 concurrent queries exceeded maximum 1"
         await pool.pool.close()
-        assert reason(await asyncio.wait_for(first, 5)) == "14 kdns is shutting down"
-    third = await pool.ask(upstreams, question("c.example.com.", edns=EDNS))
-    assert reason(third) == "14 kdns is shutting down"
+        assert told(await asyncio.wait_for(first, 5)) == "14 kdns is shutting down"
+    third = await pool.ask(upstreams, asking("c.example.com."))
+    assert told(third) == "14 kdns is shutting down"
 
 
 async def test_an_upstream_that_answers_is_not_explained(pool: Pool) -> None:
@@ -90,13 +86,13 @@ async def test_an_upstream_that_answers_is_not_explained(pool: Pool) -> None:
         return [reply.to_wire()]
 
     with UpstreamServer(refused) as server:
-        reply = await pool.ask(to(server), question("www.example.com.", edns=EDNS))
+        reply = await pool.ask(to(server), asking())
     assert (reply.rcode, reply.ede) == (t.REFUSED, None)
 
 
 async def test_explain_off_is_heard(pool: Pool, closed_port: int) -> None:
     upstreams = to(closed_port, max_attempts=1, explains=False)
-    reply = await pool.ask(upstreams, question("www.example.com.", edns=EDNS))
+    reply = await pool.ask(upstreams, asking())
     assert (reply.rcode, reply.ede) == (t.SERVFAIL, None)
 
 

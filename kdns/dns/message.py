@@ -8,6 +8,7 @@ exceptions (docs/DESIGN.md 1.3 point 3): it makes the questions of `kdns query` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from struct import Struct
 from struct import error as StructError
@@ -29,6 +30,9 @@ SET_RD, CLEAR_RD = 0x10000, 0x20000
 HEADER = Struct("!HHHHHH")
 _FIXED = Struct("!HHIH")  # type, class, ttl, rdlength
 _QTAIL = Struct("!HH")
+# An OPT record's owner and type, and what lies between those and its options.
+_ROOT_OPT = b"\0" + t.OPT.to_bytes(2, "big")
+_OPT_FIXED = Struct("!HIH")
 _U16 = Struct("!H")
 
 MIN_UDP = 512  # RFC 1035 s4.2.1
@@ -78,7 +82,7 @@ class RR:
         rr.cls = self.cls
         rr.ttl = self.ttl
         rr.rdata = self.rdata
-        rr._tail = self.tail
+        rr._tail = self._tail or self.tail
         return rr
 
     def with_ttl(self, ttl: int) -> RR:
@@ -287,9 +291,9 @@ class Reply:
                     at their end, which is as typed. The second None: all names of records are
                     fixed. So it may be said again for other spellings (server/folding.py).
                     None where nobody vouches for that
-    below        -- where in the question's name one begins at and below which there is nothing:
-                    all who ask for a name there get this answer, but for the name (RFC 8020).
-                    None where nobody vouches for that
+    below        -- where in the question's name the part of it begins that this answer goes by,
+                    one that a name is not there: all names of as many labels that end in it get
+                    this answer, but for the name (RFC 8020). None where nobody vouches for that
     served_by    -- name of the plugin that made it
     upstream     -- whom it was forwarded to: "10.0.0.9:53"; empty for a cached answer
     stored       -- monotonic seconds since when a cache has held it, or None
@@ -476,6 +480,14 @@ def _ixfr_serial(wire: bytes, at: int) -> int | None:
 
 def _find_opt(wire: bytes, at: int, before: int, additional: int) -> Edns | None:
     """Walk at most four records; return the OPT among the additional ones."""
+    if not before and additional == 1 and wire[at : at + 3] == _ROOT_OPT:
+        # What nearly every query with EDNS has, and no more than this.
+        if at + 11 > len(wire):
+            raise WireError(t.FORMERR, "record cut short")
+        size, ttl, rdlength = _OPT_FIXED.unpack_from(wire, at + 3)
+        if at + 11 + rdlength > len(wire):
+            raise WireError(t.FORMERR, "rdata cut short")
+        return _parse_opt(wire[at + 11 : at + 11 + rdlength], size, ttl)
     found: Edns | None = None
     for n in range(before + additional):
         root = at < len(wire) and wire[at] == 0
@@ -493,6 +505,8 @@ def _find_opt(wire: bytes, at: int, before: int, additional: int) -> Edns | None
 
 
 def _parse_opt(rdata: bytes, cls: int, ttl: int) -> Edns:
+    if not rdata:
+        return Edns(cls, bool(ttl & 0x8000), (ttl >> 16) & 0xFF)
     options: list[tuple[int, bytes]] = []
     i = 0
     while i < len(rdata):
@@ -620,8 +634,11 @@ def _render_opt(asked: Edns, reply: Reply, ede: Ede | None) -> bytes:
         options = ()
     if ede is not None:
         # In place of one that a plugin wrote itself without saying more (`acl`).
-        options = [*[o for o in options if o[0] != OPTION], render_ede(ede)]
-    rdata = b"".join([_QTAIL.pack(code, len(data)) + data for code, data in options])
+        why = render_ede(ede)
+        options = [*[o for o in options if o[0] != OPTION], why] if options else (why,)
+    rdata = b""
+    for code, data in options:
+        rdata += _QTAIL.pack(code, len(data)) + data
     ttl = ((rcode >> 4) << 24) | (0x8000 if asked.do else 0)
     size = 0 if rcode == t.BADVERS else asked.size
     return b"\x00" + _FIXED.pack(t.OPT, size, ttl, len(rdata)) + rdata
@@ -685,6 +702,10 @@ _LAYOUT: dict[int, str] = {
     t.SOA: "nn20", 14: "nn", t.MX: "2n", 17: "nn", 18: "2n", 21: "2n", 26: "2nn", 24: "18n*",
     t.SRV: "6n", 36: "2n", t.DNAME: "n", t.NAPTR: "4sssn", t.RRSIG: "18n*", t.NSEC: "n*",
 }  # fmt: skip
+# Of each layout: a name, a string, the rest, or so many octets.
+_STEPS: dict[int, list[str]] = {
+    rtype: re.findall(r"\d+|\D", layout) for rtype, layout in _LAYOUT.items()
+}
 # Where the rdata of other types holds a name. It is written whole, but names after it may
 # point at it (miekg/dns; so the glue of an SRV record costs two octets).
 _PLAIN_NAME = {
@@ -786,31 +807,25 @@ def parse_message(wire: bytes) -> Message:
 
 def _read_name(wire: bytes, at: int, names: dict[int, bytes]) -> tuple[bytes, int]:
     start = at
-    parts: list[bytes] = []
     try:
-        while True:
-            label = wire[at]
-            if label == 0:
-                parts.append(b"\x00")
-                at += 1
-                break
-            if label >= 0xC0:
-                target = (label & 0x3F) << 8 | wire[at + 1]
-                if target >= start:
-                    raise WireError(t.FORMERR, "pointer not backwards")
-                tail = names.get(target)
-                if tail is None:
-                    tail, _ = _follow(wire, target, names)
-                parts.append(tail)
-                at += 2
-                break
-            if label > 63:
-                raise WireError(t.FORMERR, "bad label")
-            parts.append(wire[at : at + label + 1])
+        while 0 < (label := wire[at]) < 64:
             at += label + 1
+        if not label:
+            at += 1
+            name = wire[start:at]
+        elif label >= 0xC0:
+            target = (label & 0x3F) << 8 | wire[at + 1]
+            if target >= start:
+                raise WireError(t.FORMERR, "pointer not backwards")
+            tail = names.get(target)
+            if tail is None:
+                tail, _ = _follow(wire, target, names)
+            name = wire[start:at] + tail
+            at += 2
+        else:
+            raise WireError(t.FORMERR, "bad label")
     except IndexError:
         raise WireError(t.FORMERR, "name cut short") from None
-    name = b"".join(parts)
     if len(name) > 255:
         raise WireError(t.FORMERR, "name too long")
     names[start] = name
@@ -853,14 +868,11 @@ def _follow(wire: bytes, at: int, names: dict[int, bytes]) -> tuple[bytes, int]:
 
 
 def _read_rdata(wire: bytes, at: int, end: int, rtype: int, names: dict[int, bytes]) -> bytes:
-    layout = _LAYOUT.get(rtype)
-    if layout is None:
+    steps = _STEPS.get(rtype)
+    if steps is None:
         return wire[at:end]
     out: list[bytes] = []
-    i = 0
-    while i < len(layout):
-        step = layout[i]
-        i += 1
+    for step in steps:
         if step == "n":
             name, at = _read_name(wire, at, names)
             out.append(name)
@@ -872,12 +884,8 @@ def _read_rdata(wire: bytes, at: int, end: int, rtype: int, names: dict[int, byt
             out.append(wire[at:end])
             at = end
         else:
-            digits = step
-            while i < len(layout) and layout[i].isdecimal():
-                digits += layout[i]
-                i += 1
-            out.append(wire[at : at + int(digits)])
-            at += int(digits)
+            out.append(wire[at : at + int(step)])
+            at += int(step)
     if at != end:
         raise WireError(t.FORMERR, "rdata of the wrong length")
     return b"".join(out)

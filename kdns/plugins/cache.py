@@ -160,18 +160,25 @@ class Store:
 
     def __init__(self, capacity: int, rng: random.Random, entries: Cell, evictions: Cell) -> None:
         capacity = max(capacity // SHARDS, 4) * SHARDS
-        self.items: RRCache[Key, Item] = RRCache(capacity * OCTETS_PER_ENTRY, rng.choice, _cost)
+        self.items: dict[Key, Item] = {}
+        # What the items cost, and the choice of a victim. Not for looking items up, as each
+        # question does: cachetools is written in Python.
+        self._costs: RRCache[Key, int] = RRCache(capacity * OCTETS_PER_ENTRY, rng.choice, int)
+        self._room = capacity * OCTETS_PER_ENTRY
         self._by_dep: dict[Hashable, set[Key]] = {}
         self._entries = entries
         self._evictions = evictions
 
     def add(self, key: Key, item: Item) -> None:
-        self.remove(key)
-        items = self.items
-        while items and items.currsize + items.getsizeof(item) > items.maxsize:
-            victim, evicted = items.popitem()
-            self._forget(victim, evicted)
+        items, costs = self.items, self._costs
+        if key in items:
+            self.remove(key)
+        cost = max(item.size, OCTETS_PER_ENTRY)
+        while items and costs.currsize + cost > self._room:
+            victim, _ = costs.popitem()
+            self._forget(victim, items.pop(victim))
             self._evictions.add()
+        costs[key] = cost
         items[key] = item
         for dep in item.deps:
             self._by_dep.setdefault(dep, set()).add(key)
@@ -180,6 +187,7 @@ class Store:
     def remove(self, key: Key) -> None:
         item = self.items.pop(key, None)
         if item is not None:
+            del self._costs[key]
             self._forget(key, item)
 
     def _forget(self, key: Key, item: Item) -> None:
@@ -196,10 +204,6 @@ class Store:
         for dep in list(self._by_dep) if deps is None else deps:
             for key in list(self._by_dep.get(dep, ())):
                 self.remove(key)
-
-
-def _cost(item: Item) -> int:
-    return max(item.size, OCTETS_PER_ENTRY)
 
 
 class Rules:
@@ -246,6 +250,8 @@ class Cache(Plugin):
         self._everywhere = ROOT in rules.zones
         self._zones = rules.zones
         self._explains = True
+        # The last reply of an upstream, until it has left: nobody need wait for its being kept.
+        self._arrived: tuple[Query, Item, Kind] | None = None
         zones = ",".join(render_name(zone) for zone in rules.zones)
         labels = (cx.facts.label, zones, "")
         typed = ("server", "type", "zones", "view")
@@ -292,12 +298,15 @@ class Cache(Plugin):
         (CoreDNS keeps them until their TTL is over.)"""
         if deps is not None:
             deps = tuple(deps)
+        self.on_sent()
         self._success.invalidate(deps)
         self._denial.invalidate(deps)
 
     # --- questions ------------------------------------------------------------------------
 
     def on_query(self, query: Query) -> Outcome:
+        if self._arrived is not None:
+            self.on_sent()
         edns = query.edns
         key = (
             query.key,
@@ -395,11 +404,16 @@ class Cache(Plugin):
     # --- answers --------------------------------------------------------------------------
 
     def on_reply(self, query: Query, reply: Reply) -> Reply:
-        if not self._is_mine(query.key):
+        if not self._everywhere and not self._is_mine(query.key):
             return reply
         self._requests.value += 1
         self._misses.value += 1
-        self._take(query, reply)
+        if self._arrived is not None:
+            self.on_sent()  # several waited for the same answer
+        if reply.upstream:
+            self._arrived = self._take(query, reply)
+        else:
+            self._take_at_once(query, reply)
         if reply.keep:
             if reply.tally is None:
                 reply.tally = []
@@ -411,8 +425,19 @@ class Cache(Plugin):
             self._requests.add()
             self._misses.add()
 
-    def _take(self, query: Query, reply: Reply) -> Item | None:
-        """Set the TTLs of a reply from below and keep it if it may be kept."""
+    def _take_at_once(self, query: Query, reply: Reply) -> None:
+        taken = self._take(query, reply)
+        if taken is not None:
+            self._keep(*taken)
+
+    def on_sent(self) -> None:
+        arrived = self._arrived
+        if arrived is not None:
+            self._arrived = None
+            self._keep(*arrived)
+
+    def _take(self, query: Query, reply: Reply) -> tuple[Query, Item, Kind] | None:
+        """Set the TTLs of a reply from below; return what _keep() takes if it may be kept."""
         if query.qtype == t.AXFR or query.qtype == t.IXFR or query.flags & OPCODE:
             return None  # the records of a transfer are the zone's, TTL and all
         kind = classify(query, reply)
@@ -420,10 +445,13 @@ class Cache(Plugin):
         reply.edns = None  # OPT goes from hop to hop (RFC 6891 s6.1.1)
         item = None
         if ttl > 0 and self._is_kept(query.key, kind) and is_storable(query, reply, kind):
-            item = self._store(query, reply, kind, ttl)
+            item = Item(reply, ttl, self._clock())
+            # From now on the TTL counts down and hits are counted: this very reply is no more
+            # true.
+            reply.keep = 0.0
         if reply.flags & AD and not (query.flags & AD or query.do):
             reply.flags &= ~AD  # RFC 6840 s5.7
-        return item
+        return None if item is None else (query, item, kind)
 
     def _set_ttls(self, kind: Kind, reply: Reply) -> int:
         """Give all records the lowest TTL among them, within bounds; return it."""
@@ -461,28 +489,24 @@ class Cache(Plugin):
                 return False
         return True
 
-    def _store(self, query: Query, reply: Reply, kind: Kind, ttl: int) -> Item:
+    def _keep(self, query: Query, item: Item, kind: Kind) -> None:
         rules = self.rules
         key = (query.key, query.qtype, query.qclass, query.flags & CD | (1 if query.do else 0))
-        item = Item(reply, ttl, self._clock())
         success, denial = self._success, self._denial
         before, denied = success.items.get(key), denial.items.get(key)
         for old in (before, denied):
             if old is not None:
                 old.end_lease()
-        # From now on the TTL counts down and hits are counted: this very reply is no more true.
-        reply.keep = 0.0
         if kind not in SUCCESS:
             denial.add(key, item)
-            return item
+            return
         if rules.prefer_positive:
-            item.answering = answers_question(query, reply.answer)
+            item.answering = answers_question(query, item.sections[0])
             if not item.answering and before is not None:
                 item.last_good = before.answering_item()
         success.add(key, item)
         if denied is not None and (item.answering or not rules.prefer_positive):
             denial.remove(key)
-        return item
 
     # --- asking again ---------------------------------------------------------------------
 
@@ -501,7 +525,7 @@ class Cache(Plugin):
 
     def _prefetched(self, query: Query, key: Key, item: Item) -> Callable[[Reply], None]:
         def take(reply: Reply) -> None:
-            self._take(query, reply)
+            self._take_at_once(query, reply)
             self._hand_over(key, item)
             item.retry_at = 0.0
 
@@ -552,7 +576,7 @@ class Cache(Plugin):
         if rules.prefer_positive:
             good = good and answers_question(query, reply.answer)
         if good or (rules.prefer_positive and not reply.flags & TC):
-            self._take(query, reply)
+            self._take_at_once(query, reply)
         if good:
             self._hand_over(key, item)
             item.retry_at = 0.0

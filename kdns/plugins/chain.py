@@ -29,9 +29,10 @@ class Pending:
     resume  -- called with the upstream's Reply; returns the Result to go on with
     timeout -- seconds after which `expire()` is the Result; the resume still happens then,
                for what it leaves behind (a cache entry), and its Result is dropped
+    sent    -- to be called once the Result has left
     """
 
-    __slots__ = ("expire", "forward", "resume", "timeout")
+    __slots__ = ("expire", "forward", "resume", "sent", "timeout")
 
     def __init__(
         self,
@@ -39,11 +40,13 @@ class Pending:
         resume: Callable[[Reply], Result],
         timeout: float | None = None,
         expire: Callable[[], Result] | None = None,
+        sent: Sequence[Callable[[], None]] = (),
     ) -> None:
         self.forward = forward
         self.resume = resume
         self.timeout = timeout
         self.expire = expire
+        self.sent = sent
 
 
 Result: TypeAlias = Reply | Drop | Pending
@@ -60,6 +63,7 @@ def bind(result: Result, then: Callable[[Reply | Drop], Result]) -> Result:
             lambda reply: bind(pending.resume(reply), then),
             pending.timeout,
             None if expire is None else lambda: bind(expire(), then),
+            pending.sent,
         )
     return then(result)
 
@@ -95,6 +99,7 @@ class Chain:
             for i, p in reversed(list(enumerate(self.plugins)))
             if type(p).on_drop is not Plugin.on_drop
         ]
+        self._sent = [p.on_sent for p in self.plugins if type(p).on_sent is not Plugin.on_sent]
         last = max((at for at, _ in (*downs, *self._ups, *self._drops)), default=-1)
         self._no_next = (
             f"plugin/{self.plugins[last].word}: no next plugin found" if last >= 0 else ""
@@ -181,7 +186,7 @@ class Chain:
             then = forward.then
             return self._settle(query, start, at, trail, then(reply) if then else reply)
 
-        return Pending(forward, resume)
+        return Pending(forward, resume, sent=self._sent)
 
     def _ask(self, query: Query, start: int, at: int, trail: Trail | None, ask: Ask) -> Result:
         sub = ask.query.asking()
@@ -211,6 +216,7 @@ class Chain:
                 bound.resume,
                 ask.timeout,
                 lambda: self._settle(query, start, at, trail, ask.then(None)),
+                bound.sent,
             )
         return bound
 

@@ -37,6 +37,9 @@ NS_DNS = b"\x02ns\x03dns"
 HOSTMASTER = b"\x0ahostmaster"
 REVERSE = (IN_ADDR, IP6_ARPA)
 DEFAULT_TTL = 5
+# Labels left of the zone that an answer for all names below may go by: in each number of them
+# that there is, the packet cache looks for one.
+FURTHEST = 6
 # Three bookmarks, which an API server sends about every minute, have not come: what is
 # answered may be out of date.
 STALE = 180.0  # seconds
@@ -220,14 +223,14 @@ class Kubernetes(Plugin):
     ) -> None:
         """Say of a reply why it is what it is; where a `cache` keeps it, let that ask again
         each time: it gives the answer to those who want no reason too."""
-        why = partial(
-            self._why, query.key, query.qtype, zone, labels, zone_key in self._multicluster,
-            reply.rcode, bool(reply.answer),
+        about = (
+            query.key, query.qtype, zone, labels, zone_key in self._multicluster, reply.rcode,
+            bool(reply.answer),
         )  # fmt: skip
         if zone_key in self._kept:
-            reply.why = why
+            reply.why = partial(self._why, *about)
         if query.edns is not None:
-            reply.explain(*why())
+            reply.explain(*self._why(*about))
 
     def _why(
         self, key: bytes, qtype: int, zone: bytes, labels: list[bytes], imported: bool,
@@ -270,18 +273,20 @@ class Kubernetes(Plugin):
             return self._negative(zone, t.NOERROR, deps)
         # TXT at a name without records is NXDOMAIN in CoreDNS (#5736, reference 1.2).
         outcome = self._missing(query, zone, deps)
-        if found is c.MISSING and query.edns is None and outcome.__class__ is Reply:
-            # With EDNS each name may have a reason of its own.
+        if found is c.MISSING and outcome.__class__ is Reply:
             outcome.below = self._below(query, zone, labels)
         return outcome
 
     def _below(self, query: Query, zone: bytes, labels: list[bytes]) -> int | None:
-        """Return where in the name of a question one begins at and below which is nothing."""
+        """Return where in the name of a question one begins at and below which is nothing,
+        for one reason."""
         if zone.lower() not in self._tells_below:
             return None
         count = self.records.missing_at(labels)
-        if not count:
-            return None
+        if count and query.edns is not None and self._explains:
+            count = max(count, self._reasons.reach(labels))
+        if not 0 < count < len(labels) or count > FURTHEST:
+            return None  # also if the name is the only one of its kind
         return len(query.name) - len(zone) - sum([1 + len(label) for label in labels[-count:]])
 
     def _of_node(self, query: Query, zone: bytes, node: Node, deps: tuple[Dep, ...]) -> Reply:

@@ -94,7 +94,9 @@ class Reasons:
         if not self.records.is_exposed(namespace):
             return self._no_namespace(labels, namespace, zone, imported)
         if kind == POD:
-            return self._no_pod(labels, namespace, qtype, rcode)
+            why, deps = self._no_pod(labels, namespace, qtype, rcode)
+            # A name that long is not there whatever the namespace: the answer has no deps.
+            return why, (*(deps or ()), (namespace,)) if n > 5 else deps
         if n == 2:
             return _other(
                 f"{_text(namespace)} is a namespace; its Services are"
@@ -110,6 +112,43 @@ class Reasons:
             # A name that long is not there whatever the Service: the answer has no deps.
             deps += ((namespace, name), (namespace,))
         return why, deps
+
+    def reach(self, labels: Sequence[bytes]) -> int:
+        """Return how many labels, from the right, nothing() goes by for a name that is not there
+        and of which missing_at() tells: it says the same of all names of as many labels that end
+        alike, until one of the deps changes that it gave for one of them."""
+        n = len(labels)
+        if labels[-1] != SVC and labels[-1] != POD:
+            return self._reach_not_below_svc(labels)
+        if n < 3:
+            return n
+        by_search_list = 0
+        if n > 4:
+            inner = [*labels[2:-1]]
+            if SVC in inner:
+                return 2 + inner[::-1].index(SVC)
+            by_search_list = n - 2
+        namespace = labels[-2]
+        if not self.records.is_exposed(namespace):
+            # The other way round, unless no Service has the namespace's name.
+            turned = labels[-1] == SVC and len(self.records.places_of(namespace)[1]) > 1
+            own = 3 if turned else 2
+        else:
+            own = 2 if labels[-1] == POD else 3
+        return max(own, by_search_list)
+
+    def _reach_not_below_svc(self, labels: Sequence[bytes]) -> int:
+        """As reach(): whether the last label but one, or two, is a Service's is not looked at
+        unless the one behind it is a namespace's."""
+        records = self.records
+        n = reached = len(labels)
+        for cut in (2, 3):
+            if n < cut:
+                break
+            if records.service(labels[1 - cut], labels[-cut], False) is not None:
+                return n  # the whole name is in the hint
+            reached = cut if records.is_exposed(labels[1 - cut]) else cut - 1
+        return reached
 
     def _not_below_svc(self, labels: Sequence[bytes], zone: bytes) -> Why:
         """A name that lacks `svc`, often one that a search list made."""
@@ -137,18 +176,17 @@ class Reasons:
         text = f"no namespace {_text(namespace)}"
         near, deps = records.near_namespaces(namespace)
         if labels[-1] == SVC and not imported:
-            if len(labels) > 2:  # the other way round?
+            places, more = records.places_of(namespace)
+            deps += more
+            if len(labels) > 2 and len(more) > 1:  # the other way round?
                 name = labels[-3]
-                deps = (*deps, (name, namespace), (name,))
+                deps += (name, namespace), (name,)
                 if records.service(name, namespace, False) is not None:
                     text += f"; did you mean {_under((namespace, name, SVC), zone)}"
                     return _other(text, deps)
-            if not near:
-                places, more = records.places_of(namespace)
-                deps += more
-                if places:
-                    text += f"; did you mean {_under((namespace, places[0], SVC), zone)}"
-                    return _other(text, deps)
+            if places and not near:
+                text += f"; did you mean {_under((namespace, places[0], SVC), zone)}"
+                return _other(text, deps)
         return _other(text + _nearest(near), deps)
 
     def _no_service(self, namespace: bytes, name: bytes, imported: bool) -> Why:
@@ -211,14 +249,13 @@ class Reasons:
         n = len(labels)
         if records.cname is not None:
             return self._nothing_of_external(records, n, qtype, zone)
-        unready = self._unready(records, imported)
         if not records.headless and not records.addresses:
             spec = None if imported else self.records.spec_of(records)
             if spec is not None and spec.type == "ExternalName":
                 return _other(f"the externalName of {_service(records)} is no DNS name")
             return _other(f"{_service(records, imported)} has no IP address yet")
         if n == 3:
-            return self._nothing_of_itself(records, qtype, unready, imported)
+            return self._nothing_of_itself(records, qtype, imported)
         if n == 5 and not (imported and labels[0][:1] != b"_" and labels[1][:1] != b"_"):
             port, protocol = labels[0].removeprefix(b"_"), labels[1].removeprefix(b"_")
             if not records.has_port(port, protocol):
@@ -226,7 +263,7 @@ class Reasons:
                     f"{_service(records, imported)} has no port _{_text(port)}._{_text(protocol)}"
                     + _ports(records)
                 )
-            return self._nothing_of_itself(records, qtype, unready, imported)
+            return self._nothing_of_itself(records, qtype, imported)
         if n > 5 and labels[-4] == b"_zone" and self.records.options.zonal:
             return _other(f"{_service(records)} has no ready endpoint in that zone")
         if n > 5:
@@ -248,15 +285,15 @@ class Reasons:
         text = f"{_service(records, imported)} has no ready endpoint {_text(label)}"
         return _other(f"{text} ({counted[0]} of {counted[1]} ready)")
 
-    def _nothing_of_itself(
-        self, records: ServiceRecords, qtype: int, unready: str, imported: bool
-    ) -> Why:
-        if unready and (records.headless or self.records.options.ignore_empty_service):
-            return _other(unready)
+    def _nothing_of_itself(self, records: ServiceRecords, qtype: int, imported: bool) -> Why:
+        if records.headless or self.records.options.ignore_empty_service:
+            unready = self._unready(records, imported)
+            if unready:
+                return _other(unready)
         family = FAMILIES.get(qtype)
         if family is not None:
             size = family[0]
-            if records.items and all(len(item.packed) != size for item in records.items):
+            if records.items and size not in [len(item.packed) for item in records.items]:
                 other = "IPv4" if size == 16 else "IPv6"
                 return _other(f"{_service(records, imported)} has {other} addresses only")
         elif qtype == t.SRV and not records.ports:

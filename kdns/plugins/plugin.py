@@ -197,6 +197,11 @@ class Plugin:
     def on_drop(self, query: Query) -> None:
         """Called in place of on_reply when a plugin below dropped the query."""
 
+    def on_sent(self) -> None:
+        """Called when an answer that an upstream was waited for has left: the time for what its
+        asker need not wait for. It is not called for each of them: what must not be left undone
+        is done at the next question at the latest."""
+
     def work(self) -> Sequence[Work]:
         """What app.py shall do for this plugin while it serves."""
         return ()

@@ -110,6 +110,8 @@ class Exchange:
                 self._go_on(query, lambda: pending.resume(reply), lambda outcome: None)
             else:
                 self._go_on(query, lambda: pending.resume(reply), done)
+            for call in pending.sent:
+                call()
 
         if pending.timeout is not None and pending.expire is not None:
             timer = asyncio.get_running_loop().call_later(pending.timeout, expire)

@@ -11,12 +11,14 @@ by the Reply (docs/DESIGN.md 1.3 point 2).
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from operator import itemgetter
 from typing import Final, TypeAlias
 
 from kdns.dns import types as t
-from kdns.dns.message import RR, Query, Reply
-from kdns.dns.name import MAX_LABEL, is_subdomain
+from kdns.dns.message import Query, Reply
+from kdns.dns.name import MAX_LABEL, MAX_NAME, is_subdomain
 
 HEADER: Final = 12
 RECORD: Final = 10  # octets between an owner and its rdata: type, class, TTL, size
@@ -33,6 +35,7 @@ MARK: Final = b"\xff"
 MARK_BELOW: Final = b"\xfe"
 # Where in the answer, which part of the query, how many octets.
 Hole: TypeAlias = tuple[int, slice, int]
+_ID_HOLE: Final[Hole] = (0, slice(0, 2), 2)
 _COOKIE_HOLE: Final = slice(-CLIENT_COOKIE, None)
 
 
@@ -50,8 +53,8 @@ def fold(datagram: bytes) -> bytes:
 
 
 def starts_of(datagram: bytes) -> list[int]:
-    """Return where the labels of a question's name begin, and where the root does; nothing if
-    there is more in the datagram than this name, its type and class."""
+    """Return where in a datagram the labels of its question's name begin, and where the root
+    does; nothing if it is no name."""
     starts: list[int] = []
     at = HEADER
     try:
@@ -63,16 +66,24 @@ def starts_of(datagram: bytes) -> list[int]:
     except IndexError:
         return []
     starts.append(at)
-    return starts if at + 1 + QUESTION_END == len(datagram) else []
+    return starts if at < HEADER + MAX_NAME else []
 
 
-def below_key(datagram: bytes, start: int) -> bytes:
-    """Return the key that all questions share whose names go on alike from octet `start` on,
-    and are of one length."""
+def below_parts(datagram: bytes, starts: list[int]) -> tuple[bytes, bytes]:
+    """Return two parts that make the keys of answers for all names that end alike: with the
+    second one cut off before octet n, they are the key that all questions share whose names are
+    of one length, of one number of labels, and alike from octet n on.
+
+    starts -- of the name's labels
+    """
+    end = starts[-1]
+    rest = datagram[end:]
+    if len(rest) == WITH_COOKIE and rest[-12:-8] == COOKIE_HEAD:
+        rest = rest[:-CLIENT_COOKIE]
     return (
-        MARK_BELOW + start.to_bytes(2, "big") + datagram[2:HEADER]
-        + datagram[start:-QUESTION_END].lower() + datagram[-QUESTION_END:]
-    )  # fmt: skip
+        MARK_BELOW + (len(starts) << 8 | end - HEADER).to_bytes(2, "big") + datagram[2:HEADER],
+        datagram[HEADER:end].lower() + rest,
+    )
 
 
 class Template:
@@ -81,54 +92,64 @@ class Template:
     ttl -- of its records, where it can be changed; -1: whatever they had at first
     """
 
-    __slots__ = ("_holes", "_pieces", "_ttls", "size", "ttl")
+    __slots__ = ("_form", "_parts", "_pieces", "_ttls", "size", "ttl")
 
     def __init__(self, wire: bytes, holes: Iterable[Hole], ttls: Iterable[int] = ()) -> None:
-        """holes -- in order
+        """holes -- one or more, in order
         ttls  -- where in `wire` the TTLs are that age() sets, in order; none is in a hole"""
-        pieces: list[bytes] = []
+        pieces: list[bytes] = []  # what stands before each hole, and behind the last
         starts: list[int] = []
-        self._holes: list[tuple[int, slice]] = []
+        parts: list[slice] = []
         at = 0
         for start, part, size in holes:
-            if start > at:
-                pieces.append(wire[at:start])
-                starts.append(at)
-            self._holes.append((len(pieces), part))
-            pieces.append(b"")
-            starts.append(start)
+            pieces.append(wire[at:start])
+            starts.append(at)
+            parts.append(part)
             at = start + size
         pieces.append(wire[at:])
         starts.append(at)
-        self._pieces = pieces
+        # Of a query's octets, what goes into the holes: a call and a filling-in, both in C.
+        self._parts: Callable[[bytes], bytes | tuple[bytes, ...]] = itemgetter(*parts)
+        self._form = _form_of(pieces)
+        self._pieces: list[bytes] = []
         self._ttls: list[tuple[int, int]] = []
         for place in ttls:
             n = bisect_right(starts, place) - 1
             self._ttls.append((n, place - starts[n]))
+        if self._ttls:
+            self._pieces = pieces
         self.size = len(wire)
         self.ttl = -1
 
     def fill(self, datagram: bytes) -> bytes:
         """Return the answer to a query that folds to the same key."""
-        pieces = self._pieces.copy()
-        for at, part in self._holes:
-            pieces[at] = datagram[part]
-        return b"".join(pieces)
+        return self._form % self._parts(datagram)
 
     def age(self, ttl: int) -> None:
         """Have all records show `ttl`."""
         if ttl == self.ttl:
             return
         self.ttl = ttl
+        if not self._ttls:
+            return
         octets, pieces = ttl.to_bytes(4, "big"), self._pieces
         for n, at in self._ttls:
             piece = pieces[n]
             pieces[n] = piece[:at] + octets + piece[at + 4 :]
+        self._form = _form_of(pieces)
+
+
+def _form_of(pieces: list[bytes]) -> bytes:
+    """Return what `%` makes an answer of."""
+    form = b"%b".join(pieces)
+    if form.count(b"%") >= len(pieces):
+        form = b"%b".join([piece.replace(b"%", b"%%") for piece in pieces])
+    return form
 
 
 def exact(wire: bytes, ttls: Iterable[int]) -> Template:
     """Return the template of an answer for one spelling of its question."""
-    return Template(wire, [(0, slice(0, 2), 2)], ttls)
+    return Template(wire, [_ID_HOLE], ttls)
 
 
 def places_of_ttls(wire: bytes, ttl: int) -> list[int] | None:
@@ -170,22 +191,32 @@ def template_of(
     if query.name.find(0) != len(query.name) - 1:
         return None
     zone = reply.folds[1]
-    holes: list[Hole] = [
-        (0, slice(0, 2), 2),
-        (HEADER, slice(HEADER, HEADER + len(query.name)), len(query.name)),
-    ]
-    at = HEADER + len(query.name) + QUESTION_END
-    answers = len(reply.answer)
-    for n, rr in enumerate((*reply.answer, *reply.authority, *reply.additional)):
-        end = at + len(rr.name) + RECORD + len(rr.rdata)
-        if wire[at : at + len(rr.name)] != rr.name or wire[end - len(rr.rdata) : end] != rr.rdata:
-            return None
-        if zone is not None:
-            found = _holes_of(query, rr, at, zone, n < answers)
-            if found is None:
+    name = query.name
+    at = HEADER + len(name)
+    whole: Hole = (HEADER, slice(HEADER, at), len(name))
+    holes: list[Hole] = [_ID_HOLE, whole]
+    at += QUESTION_END
+    start = 0  # of the names that answers have
+    for section in (reply.answer, reply.authority, reply.additional):
+        for rr in section:
+            owner, rdata = rr.name, rr.rdata
+            rest = at + len(owner) + RECORD
+            end = rest + len(rdata)
+            if wire[at : at + len(owner)] != owner or wire[rest:end] != rdata:
                 return None
-            holes += found
-        at = end
+            if zone is not None:
+                if owner is name:
+                    holes.append((at, whole[1], len(name)))
+                elif not _add_hole(holes, query, zone, start, at, owner):
+                    return None
+                if rr.type in _NAMES and not all(
+                    _add_hole(holes, query, zone, zone, rest + where, one)
+                    for where, one in _NAMES[rr.type](rdata)
+                ):
+                    return None
+            at = end
+        if zone is not None:
+            start = zone
     cookie = _cookie_of(query)
     if cookie is None:
         return None
@@ -197,34 +228,35 @@ def template_of(
     return Template(wire, holes, ttls)
 
 
-def _holes_of(query: Query, rr: RR, at: int, zone: int, answers: bool) -> list[Hole] | None:
-    """Return the holes in a record that stands at `at`; None where it is spelt otherwise than
-    was promised."""
-    holes: list[Hole] = []
-    for where, name in _names(rr):
-        start = 0 if answers and not where else zone
-        part = query.name[start:]
-        if name.endswith(part):
-            begin = HEADER + start
-            where += at + len(name) - len(part)
-            holes.append((where, slice(begin, begin + len(part)), len(part)))
-        elif not start or is_subdomain(name.lower(), query.key[zone:]):
-            return None
-    return holes
+def _add_hole(holes: list[Hole], query: Query, zone: int, start: int, at: int, name: bytes) -> bool:
+    """Add the hole of a name that stands at `at` and ends in the question's from octet `start`
+    on; return False where it is spelt otherwise than was promised."""
+    part = query.name[start:]
+    if name.endswith(part):
+        begin = HEADER + start
+        size = len(part)
+        holes.append((at + len(name) - size, slice(begin, begin + size), size))
+        return True
+    return start > 0 and not is_subdomain(name.lower(), query.key[zone:])
 
 
-def _names(rr: RR) -> Iterator[tuple[int, bytes]]:
-    """Yield the names in a record and where in it they stand, its owner first. Of other types
-    than these no Reply says that it folds."""
-    yield 0, rr.name
-    start = len(rr.name) + RECORD
-    if rr.type == t.SRV:
-        yield start + 6, rr.rdata[6:]
-    elif rr.type == t.SOA:
-        first = _name_size(rr.rdata, 0)
-        second = _name_size(rr.rdata, first)
-        yield start, rr.rdata[:first]
-        yield start + first, rr.rdata[first : first + second]
+def _names_of_srv(rdata: bytes) -> Sequence[tuple[int, bytes]]:
+    return ((6, rdata[6:]),)
+
+
+@lru_cache(maxsize=64)  # one is in all negative answers
+def _names_of_soa(rdata: bytes) -> Sequence[tuple[int, bytes]]:
+    first = _name_size(rdata, 0)
+    second = _name_size(rdata, first)
+    return (0, rdata[:first]), (first, rdata[first : first + second])
+
+
+# The names in records and where in the rdata they stand. Of other types that hold any no Reply
+# says that it folds.
+_NAMES: Final[dict[int, Callable[[bytes], Sequence[tuple[int, bytes]]]]] = {
+    t.SRV: _names_of_srv,
+    t.SOA: _names_of_soa,
+}
 
 
 def _name_size(rdata: bytes, at: int) -> int:

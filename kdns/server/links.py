@@ -16,6 +16,7 @@ from typing import Any
 
 from kdns.metrics import Cell
 from kdns.plugins.forward import Upstream
+from kdns.server.loop import read_while_waiting, stop_reading
 
 # Datagrams taken from one socket before timers and other sockets get their turn.
 BATCH = 64
@@ -168,7 +169,7 @@ class UdpLink:
         self.uses = 0
         self.waiting: dict[int, Errand] = {}
         peer.links.add(self)
-        peer.loop.add_reader(sock.fileno(), self._read)
+        read_while_waiting(peer.loop, sock.fileno(), self._read)
 
     def worn(self, now: float, expire: float) -> bool:
         """True if the next question shall go out on another port."""
@@ -188,17 +189,19 @@ class UdpLink:
         self.waiting[qid] = errand
         peer.deadlines.add(errand, now)
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
+        """Take what has come. An answer may lead to another question, whose time-out the loop
+        must hear of: so it always goes on."""
         receive, waiting, peer = self._sock.recv, self.waiting, self._peer
         for _ in range(BATCH):
             try:
                 wire = receive(MAX_DATAGRAM)
             except BlockingIOError:
-                return
+                break
             except OSError as e:
                 # ICMP: nobody listens there, or no way to it.
                 self.fail("read", e)
-                return
+                break
             errand = waiting.get(wire[0] << 8 | wire[1]) if len(wire) >= 12 else None
             if errand is None or not is_answer(wire, errand.question):
                 # Late, or forged: only what answers the question ends the wait (RFC 5452 s4).
@@ -211,7 +214,8 @@ class UdpLink:
                 # Nothing more is expected; should there be anything, it is read in its turn.
                 if self._retired:
                     self.close()
-                return
+                break
+        return False
 
     def expire(self, errand: Errand) -> None:
         """Give up waiting for one answer."""
@@ -241,7 +245,7 @@ class UdpLink:
         """Close at once; what waits here is forgotten, and the caller's to fail."""
         if not self.closed:
             self.closed = True
-            self._peer.loop.remove_reader(self._sock.fileno())
+            stop_reading(self._peer.loop, self._sock.fileno())
             self._sock.close()
             self._peer.links.discard(self)
             self.waiting.clear()

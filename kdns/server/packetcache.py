@@ -17,7 +17,7 @@ from kdns.server.datagrams import ID_SIZE, address_of
 from kdns.server.folding import (
     HEADER,
     Template,
-    below_key,
+    below_parts,
     exact,
     fold,
     places_of_ttls,
@@ -117,6 +117,8 @@ class PacketCache:
         self.young = _Generation()
         self.old = _Generation()
         self._asked: set[int] = set()
+        # What was looked for last, and under which key: what is not held is kept next.
+        self._folded = b"", b""
         # How many labels the names have that there is nothing below.
         self._depths: set[int] = set()
         # Seconds and number of repeats since the last settle(), for the duration metric.
@@ -142,6 +144,7 @@ class PacketCache:
         entry = young.get(key) or (self.find(key) if key in old else None)
         if entry is None:
             key = fold(datagram)
+            self._folded = datagram, key
             entry = young.get(key) or (self.find(key) if key in old else None)
         return entry
 
@@ -150,10 +153,15 @@ class PacketCache:
         if not self._depths:
             return None
         starts = starts_of(datagram)
+        if not starts:
+            return None
+        last = len(starts) - 1
+        young, old = self.young.entries, self.old.entries
+        head, tail = below_parts(datagram, starts)
         for depth in self._depths:
-            if depth < len(starts):
-                key = below_key(datagram, starts[-depth - 1])
-                entry = self.young.entries.get(key) or self.find(key)
+            if depth < last:
+                key = head + tail[starts[last - depth] - HEADER :]
+                entry = young.get(key) or (self.find(key) if key in old else None)
                 if entry is not None:
                     return entry
         return None
@@ -203,7 +211,9 @@ class PacketCache:
         if reply.below is not None and self._keep_below(datagram, query, wire, reply, now):
             return
         if reply.folds:
-            key = fold(datagram)
+            looked_for, key = self._folded
+            if looked_for is not datagram:
+                key = fold(datagram)
             if not self._wanted(key, reply):
                 return
             ttls, lease = _lease_of(reply, wire, now)
@@ -226,7 +236,8 @@ class PacketCache:
         if reply.keep != FOREVER or reply.on_repeat is not None or not starts:
             return False
         assert reply.below is not None
-        key = below_key(datagram, HEADER + reply.below)
+        head, tail = below_parts(datagram, starts)
+        key = head + tail[reply.below :]
         if self._asked_before(key):
             template = template_of(query, reply, wire)
             if template is None:
@@ -237,9 +248,10 @@ class PacketCache:
 
     def _wanted(self, key: bytes, reply: Reply) -> bool:
         """Whether an answer is to be kept: the question's second one, or another order."""
-        entry = self.young.entries.get(key)
-        if entry is not None and entry.orders is not None and reply.shuffled:
-            return True
+        if reply.shuffled:
+            entry = self.young.entries.get(key)
+            if entry is not None and entry.orders is not None:
+                return True
         return self._asked_before(key)
 
     def _asked_before(self, key: bytes) -> bool:
@@ -257,8 +269,8 @@ class PacketCache:
         self._asked.add(hash(key))
 
     def _put(self, key: bytes, made: Made, reply: Reply, now: float, lease: Lease) -> None:
-        entry = self.young.entries.get(key)
-        if entry is None or entry.orders is None or not reply.shuffled or entry.lease is not lease:
+        entry = self.young.entries.get(key) if reply.shuffled else None
+        if entry is None or entry.orders is None or entry.lease is not lease:
             self._insert(Entry(key, made, reply, now, lease))
         else:
             self._add_order(entry, made)

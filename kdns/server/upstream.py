@@ -11,6 +11,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Callable
+from time import monotonic
 
 from kdns.dns import ede
 from kdns.dns import types as t
@@ -23,6 +24,7 @@ from kdns.dns.message import (
     RA,
     RD,
     TC,
+    Message,
     Query,
     Reply,
     failure,
@@ -84,6 +86,8 @@ def _for(rules: Upstreams, query: Query, why: Ede) -> Ede | None:
 
 # What of a query's flags an upstream gets to see.
 _SENT = OPCODE | RD | AD | CD
+# The header behind its flags of a question without EDNS.
+_ONE_QUESTION = b"\0\1\0\0\0\0\0\0"
 _KEPT = AA | TC | RA | AD
 
 
@@ -230,16 +234,17 @@ class Group:
             text = f"concurrent queries exceeded maximum {rules.max_concurrent}"
             done(failure(t.REFUSED, text, _for(rules, query, Ede(ede.OTHER, text))))
             return
-        self.used = now = self.loop.time()
+        self.used = now = monotonic()
         stream = rules.force_tcp or (query.proto != "udp" and not rules.prefer_udp)
+        name, edns, question = query.name, query.edns, query.question
         flags = query.flags & _SENT
-        body = render_query(0, query.name, query.qtype, query.qclass, flags=flags, edns=query.edns)[
-            2:
-        ]
+        if edns is None:
+            body = flags.to_bytes(2, "big") + _ONE_QUESTION + question
+        else:
+            body = render_query(0, name, query.qtype, query.qclass, flags=flags, edns=edns)[2:]
         # Askers whose question differs in nothing but case share one query: it is also what
         # keeps a forger from having many chances at once (RFC 5452 s5).
-        end = 10 + len(query.name)
-        same = body if query.name == query.key else body[:10] + query.key + body[end:]
+        same = body if name == query.key else body[:10] + query.key + body[10 + len(name) :]
         if query.qtype == t.HINFO:
             # What the `loop` plugin asks with: coming back here it must not wait for itself.
             self._lone += 1
@@ -250,10 +255,8 @@ class Group:
         if flight is not None:
             flight.waiters.append(done)
             return
-        flight = self.flights[key] = Flight(
-            self, key, body, body[10 : end + 4], stream, query.limit, done
-        )
-        flight.explains = query.edns is not None and rules.explains
+        flight = self.flights[key] = Flight(self, key, body, question, stream, query.limit, done)
+        flight.explains = edns is not None and rules.explains
         flight.go(now=now)
 
     def order(self) -> list[Server]:
@@ -285,6 +288,7 @@ class Server:
     """One upstream: its health and its open links.
 
     fails -- failed health checks in a row
+    down  -- there were too many of them
     """
 
     def __init__(self, address: Upstream, context: ssl.SSLContext | None, group: Group) -> None:
@@ -292,6 +296,7 @@ class Server:
         self.label = label = address.label
         self.secure = address.transport == "tls"
         self.fails = 0
+        self.down = False
         self._rules = rules
         self._loop = group.loop
         self._numbers = group.numbers
@@ -321,15 +326,20 @@ class Server:
 
     def ask(self, errand: Errand, stream: bool, now: float) -> str:
         """Send a question; return what went wrong at once, or an empty string."""
-        if self._tls_error:
-            return self._tls_error
         if stream or self.secure:
-            self._stream_link(now).send(errand, now)
-            return ""
-        try:
-            link = self._udp_link(now)
-        except OSError as e:
-            return f"dial udp {self.label}: {reason(e)}"
+            if not self._tls_error:
+                self._stream_link(now).send(errand, now)
+            return self._tls_error
+        links = self._udp
+        at = next(self._numbers) % len(links)
+        link = links[at]
+        if link is None or link.closed or link.worn(now, self._rules.expire):
+            try:
+                link = self._open_udp(at)
+            except OSError as e:
+                return f"dial udp {self.label}: {reason(e)}"
+        else:
+            self._udp_hits.value += 1
         try:
             link.send(errand, now)
         except OSError as e:
@@ -346,14 +356,11 @@ class Server:
             self._durations[rcode] = cell
         cell.add(seconds)
 
-    def _udp_link(self, now: float) -> UdpLink:
-        at = next(self._numbers) % len(self._udp)
-        link = self._udp[at]
-        if link is not None and not link.closed:
-            if not link.worn(now, self._rules.expire):
-                self._udp_hits.add()
-                return link
-            link.retire()
+    def _open_udp(self, at: int) -> UdpLink:
+        """Put a new socket in place `at`. Raises OSError."""
+        old = self._udp[at]
+        if old is not None and not old.closed:
+            old.retire()
         self._udp_misses.add()
         link = self._udp[at] = UdpLink(self._peer)
         return link
@@ -427,10 +434,6 @@ class Server:
 
     # --- health ---------------------------------------------------------------------------
 
-    @property
-    def down(self) -> bool:
-        return 0 < self._rules.max_fails < self.fails
-
     def check_health(self) -> None:
         """Begin to ask every `health_interval` until the upstream answers."""
         if self._rules.max_fails and self._check is None and not self._tls_error:
@@ -447,9 +450,11 @@ class Server:
         """Take the outcome of one health check."""
         if healthy:
             self.fails = 0
+            self.down = False
             self._check = None
         else:
             self.fails += 1
+            self.down = 0 < self._rules.max_fails < self.fails
             self._counters.check_failures.labels("forward", self.label).add()
 
 
@@ -542,16 +547,18 @@ class Flight(Errand):
         """Ask the next upstream; `error` is what went wrong with the last one."""
         while True:
             if now is None:
-                now = self._group.loop.time()
+                now = monotonic()
             server = self._choose(now)
             if server is None:
                 self.give_up(error or "no healthy proxies")
                 return
             self._server = server
             self._streaming = self._stream
-            error = self._send(now)
+            self._began = now
+            error = server.ask(self, self._stream, now)
             if not error:
                 return
+            self._failures[server.label] = error
             now = None
             if not self._may_retry():
                 self.give_up(error)
@@ -583,9 +590,10 @@ class Flight(Errand):
             # Health checking must be what is broken: try one all the same.
             return group.random_server()
 
-    def _send(self, now: float | None = None) -> str:
-        self._began = began = self._group.loop.time() if now is None else now
-        error = self._server.ask(self, self._streaming, began)
+    def _ask_again(self) -> str:
+        """Put the question to the same upstream once more."""
+        self._began = now = monotonic()
+        error = self._server.ask(self, self._streaming, now)
         if error:
             self._failures[self._server.label] = error
         return error
@@ -608,7 +616,7 @@ class Flight(Errand):
         self._failures[self._server.label] = error
         if closed and self._reconnects < MAX_RECONNECTS:
             self._reconnects += 1
-            error = self._send()
+            error = self._ask_again()
             if not error:
                 return
         if not self._may_retry():
@@ -619,7 +627,6 @@ class Flight(Errand):
             self.go(error)
 
     def answered(self, wire: bytes) -> None:
-        group = self._group
         try:
             message = parse_message(wire)
         except WireError as e:
@@ -629,21 +636,28 @@ class Flight(Errand):
             log.exception("a bug in kdns while reading an answer of %s", self._server.label)
             self.failed("internal error", False)
             return
+        server, seconds = self._server, monotonic() - self._began
+        self._take(message, len(wire))
+        server.observe(message.rcode, seconds)
+
+    def _take(self, message: Message, size: int) -> None:
+        """Pass the answer on, or ask again because of it."""
+        group = self._group
         rcode = message.rcode
-        self._server.observe(rcode, group.loop.time() - self._began)
-        if len(wire) > self._limit and isinstance(self.link, UdpLink):
+        datagram = self.link.__class__ is UdpLink
+        if datagram and size > self._limit:
             # More than was asked for: as CoreDNS, let the asker come back over TCP.
             message.flags |= TC
             message.answer, message.authority, message.additional = [], [], []
         if message.flags & TC and group.rules.prefer_udp and not self._streaming:
             self._streaming = True
-            error = self._send()
+            error = self._ask_again()
             if error:
                 self.failed(error, False)
             return
         # Over UDP server/links.py has looked at it already, but for one that is left out.
         question = message.question
-        if question is None or not (isinstance(self.link, UdpLink) or self._is_mine(question)):
+        if question is None or not (datagram or self._is_mine(question)):
             # As CoreDNS.
             self._finish(failure(t.FORMERR))
             return
@@ -704,10 +718,9 @@ class Flight(Errand):
         group.busy -= len(waiters)
         reply.upstream = self._server.label
         # Made before the first is passed on: who gets a reply may change it.
-        copies = [reply.copy() for _ in waiters[1:]] if len(waiters) > 1 else ()
-        last = len(waiters) - 1
-        for n, done in enumerate(waiters):
+        replies = [reply] if len(waiters) == 1 else [*(reply.copy() for _ in waiters[1:]), reply]
+        for done, one in zip(waiters, replies, strict=True):
             try:
-                done(reply if n == last else copies[n])
+                done(one)
             except Exception:
                 log.exception("a bug in kdns while an upstream's answer was passed on")

@@ -372,16 +372,18 @@ class ClusterRecords:
         return self._lookup_service(labels, n, records)
 
     def missing_at(self, labels: list[bytes]) -> int:
-        """Return how many labels, from the right, make a name at and below which there is
-        nothing, of a name that lookup() found missing; 0 if that is not known. It comes to be
-        only with one of the deps that lookup() returned."""
+        """Return how many labels, from the right, go to show that a name that lookup() found
+        missing is not there: no name of as many labels is there that ends in these. 0 if that
+        is not known. One comes to be only with one of the deps that lookup() returned."""
         n = len(labels)
         kind = labels[-1]
         if kind != SVC and kind != POD:
             return 0 if kind == DNS else 1
         if n > 1 and not self._namespaces.get(labels[-2]):
             return 2
-        if kind == SVC and n > 2 and (n < 6 or self.options.zonal):
+        if n > 5 and not self.options.zonal:
+            return 2
+        if kind == SVC and n > 2:
             return 0 if labels[-3] in self._services.get(labels[-2], {}) else 3
         return 0
 
