@@ -7,10 +7,13 @@ loop takes over, and what is answered between the turns.
 from __future__ import annotations
 
 import asyncio
+import gc
 import http.client
 import json
-from collections.abc import AsyncIterator, Sequence
+import operator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,11 @@ from hypothesis import strategies as st
 from objects import endpoint, namespace, service, slice_of
 from running import RunningKdns
 
+from kdns import app
+from kdns.app import TURNOVER
 from kdns.errors import Unreachable
 from kdns.pipeline import TURN, Pipeline
+from kdns.plugins.kubernetes import Kubernetes
 from kdns.plugins.plugin import HttpRoute
 from kdns.registry.decode import PART, decode_page, decode_parts
 from kdns.registry.manifests import compile_manifests
@@ -462,6 +468,79 @@ async def test_a_reload_over_many_services_answers_in_between(tmp_path: Path) ->
             assert (await kdns.ask(FIRST)).answer[0].ttl == ttl
             last = await kdns.ask("svc-1999.bench-19.svc.cluster.local.")
             assert last.answer[0].ttl == ttl
+
+
+@pytest.mark.asyncio
+async def test_after_lasting_change_a_reload_stops_for_no_pile_of_young_objects() -> None:
+    """Each object takes another's place, so to the garbage collector's count none comes."""
+
+    def moved(obj: Json, number: int) -> Json:
+        first = {**obj["endpoints"][0], "addresses": [f"11.0.{number >> 8}.{number & 255}"]}
+        return {**obj, "endpoints": [first, *obj["endpoints"][1:]]}
+
+    gc.collect()
+    async with ApiReplay() as api:
+        objects = list(many_services(100, 50))
+        api.load(objects)
+        slices = [one for one in objects if one["kind"] == "EndpointSlice"]
+        async with RunningKdns(BLOCK.format(source=f"endpoint {api.url}", ttl=10)) as kdns:
+            pipeline = kdns.app.any_pipeline()
+            assert pipeline is not None
+            touched, looks = 0, list[int]()
+            gc.callbacks.append(lambda phase, seen: looks.append(seen["generation"]))
+            try:
+                while touched < 2 * TURNOVER:  # each slice's addresses, and it
+                    for one in slices:
+                        touched += len(one["endpoints"])
+                        await api.put(moved(one, touched % 65536))
+                    last = f"11.0.{touched % 65536 >> 8}.{touched & 255}"
+                    await until(partial(has_endpoint, pipeline, last))
+            finally:
+                gc.callbacks.pop()
+            assert 1 in looks
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not holds():
+            await asyncio.sleep(0.001)
+
+
+def has_endpoint(pipeline: Pipeline, address: str) -> bool:
+    return any(
+        endpoint.addresses[0] == address
+        for space in pipeline.snapshot.slices.values()
+        for ones in space.values()
+        for one in ones
+        for endpoint in one.endpoints or ()
+    )
+
+
+@pytest.mark.asyncio
+async def test_what_a_site_answered_with_is_let_go_also_if_the_next_reload_comes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "UNDER_WAY", 0.2)
+    objects = tmp_path / "objects.json"
+    objects.write_text(json.dumps({"kind": "List", "items": list(many_services(200, 2))}))
+    conf = tmp_path / "Corefile"
+    conf.write_text(BLOCK.format(source=f"manifests {objects}", ttl=10))
+    async with RunningKdns(conf=str(conf)) as kdns:
+        left: list[ClusterRecords] = []
+        for ttl in (11, 12, 13):
+            assert kdns.app.site is not None
+            left += [p.records for p in kdns.app.site.plugins() if isinstance(p, Kubernetes)]
+            assert (await kdns.ask(FIRST)).answer and (await kdns.ask(FIRST)).answer
+            (cache,) = kdns.app.listeners[next(iter(kdns.app.listeners))].caches
+            entries = cache.young.entries
+            assert entries
+            conf.write_text(BLOCK.format(source=f"manifests {objects}", ttl=ttl))
+            assert await kdns.app.reload()
+            assert (await kdns.ask(FIRST)).answer[0].ttl == ttl
+            await until(partial(operator.not_, entries))
+        await until(lambda: not any(pointers(records, "10.96.0.1") for records in left))
+        assert len(left) == 3
+        assert (await kdns.ask(FIRST)).answer
 
 
 @pytest.mark.asyncio

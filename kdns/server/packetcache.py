@@ -9,8 +9,8 @@ another order each time, is said by the Reply itself.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
-from typing import TypeAlias
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Any, TypeAlias
 
 from kdns.dns.message import FOREVER, Lease, Query, Reply
 from kdns.server.datagrams import ID_SIZE, address_of
@@ -32,6 +32,8 @@ MAX_OCTETS = 4 << 20
 # How many questions are remembered as asked once. Only a question asked again is kept: a
 # flood of names that never come back (0x20, random labels) costs a hash and no entry.
 MAX_ASKED = 65536
+# How many entries are freed at one go.
+LET_GO = 500
 # How many orders of a shuffled answer are kept; each time round one is made anew, so that
 # over time every order is as likely as if each query had been shuffled for itself.
 ORDERS = 16
@@ -116,6 +118,7 @@ class PacketCache:
     def __init__(self) -> None:
         self.young = _Generation()
         self.old = _Generation()
+        self._gone: list[_Generation] = []
         self._asked: set[int] = set()
         # What was looked for last, and under which key: what is not held is kept next.
         self._folded = b"", b""
@@ -319,15 +322,34 @@ class PacketCache:
                         del entries[key]
 
     def clear(self) -> None:
-        """Forget everything; what was counted is kept."""
-        self.settle()
+        """Forget everything; what was counted is kept. let_go() frees it, or the next clear()."""
+        for generation in self._gone:
+            self._settle_all(generation)
+        self._gone = [self.young, self.old]
         self.young = _Generation()
         self.old = _Generation()
 
+    def let_go(self) -> Iterator[int]:
+        """Free what was forgotten, in parts, for all of it takes longer than answers may wait;
+        yield how many entries each part had."""
+        while self._gone:
+            generation = self._gone[-1]
+            left: list[dict[Any, Any]] = [generation.entries, generation.by_dep]
+            for table in left:
+                while table:
+                    part = min(LET_GO, len(table))
+                    for _ in range(part):
+                        one = table.popitem()[1]
+                        if one.__class__ is Entry:
+                            self._settle(one)
+                    yield part
+            if generation in self._gone:  # else there was another clear()
+                self._gone.remove(generation)
+
     def settle(self) -> None:
         """Add the repeats to the metrics they stand for."""
-        self._settle_all(self.young)
-        self._settle_all(self.old)
+        for generation in (self.young, self.old, *self._gone):
+            self._settle_all(generation)
         self.busy = 0.0
         self.repeats = 0
 

@@ -66,6 +66,7 @@ OPTIONAL: Final[frozenset[Kind]] = frozenset({SERVICE_CIDR})
 MAX_LIST = 512 << 20  # octets of one list answer; 100,000 Pods are some 400 MiB
 MAX_REFUSAL = 64 << 10  # octets read of an error's body
 READ_BUFFER = 256 << 10
+FEW = 8 << 10  # octets of a watch, some ten objects, that are taken in beside what else is done
 FRESH = 60.0  # seconds after which tokens and certificates are read again before a request
 LOAD = 60.0  # seconds an exec plugin may take
 
@@ -95,6 +96,7 @@ class KubeSource:
         self._clock = clock
         self._access = Access(spec, clock)
         self._tally = Tally(metrics)
+        self._reading = asyncio.Lock()  # one kind's part a turn of the loop, answers in between
         self._listed: set[Kind] = set()
         self._without: set[Kind] = set()  # said once
         self._requests = metrics.counter(
@@ -178,10 +180,15 @@ class KubeSource:
             if len(body) > MAX_LIST:
                 raise Unreachable(f"the list of {kind} is over {MAX_LIST} octets")
             self._sink.heard(kind)
-            for emits in reflector.reading(body):
-                self._tell(kind, emits)
-                await asyncio.sleep(0)  # answers first
-            return
+            parts = reflector.reading(body)
+            while True:
+                async with self._reading:
+                    for emits in parts:  # one of them
+                        self._tell(kind, emits)
+                        break
+                    else:
+                        return
+                    await asyncio.sleep(0)
         chunks = response.content.iter_any()
         while True:
             # Anew for each: once the initial objects are in, silence may last longer.
@@ -191,9 +198,10 @@ class KubeSource:
                 break
             self._sink.heard(kind)
             for at in range(0, len(chunk), PART):
-                if at:
-                    await asyncio.sleep(0)  # answers first
-                self._tell(kind, reflector.on_chunk(chunk[at : at + PART], self._clock()))
+                async with self._reading:
+                    self._tell(kind, reflector.on_chunk(chunk[at : at + PART], self._clock()))
+                    if len(chunk) > FEW:  # the next one may be there already
+                        await asyncio.sleep(0)
                 if reflector.leave:
                     return
         self._tell(kind, reflector.on_eof(self._clock()))

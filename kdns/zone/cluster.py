@@ -331,15 +331,16 @@ class ClusterRecords:
             deps.append(("pod", ip))
         return deps
 
-    def dissolve(self) -> Iterator[None]:
-        """Let go of everything, in steps: at once it would take longer than answers may wait.
-        Nobody may ask any more."""
+    def dissolve(self) -> Iterator[int]:
+        """Let go of everything, in parts: at once it would take longer than answers may wait.
+        Nobody may ask any more. Yield how many entries each part had."""
         tables: list[dict[Any, Any]] = [self._by_address]
         for table in [*tables, *self._services.values(), *self._imports.values()]:
             while table:
-                for _ in range(min(STEP, len(table))):
+                part = min(STEP, len(table))
+                for _ in range(part):
                     table.popitem()
-                yield
+                yield part
 
     # --- looking up -------------------------------------------------------------------
 
