@@ -196,15 +196,23 @@ class Room(Datagrams):
     def __init__(self) -> None:
         super().__init__(socket.AF_INET)
         self.came: list[bytes] = []
+        self.taken: list[int] = []
 
-    def receive(self, fd: int) -> list[int]:
+    def receive(self, fd: ctypes.c_int) -> int:
         taken, self.came = self.came[:SLOTS], self.came[SLOTS:]
         for slot, datagram in enumerate(taken):
             at = QUERY_AT[slot]
             self.queries[at : at + len(datagram)] = datagram
-        return [len(datagram) for datagram in taken]
+        self.taken = [len(datagram) for datagram in taken]
+        return len(taken)
 
-    def send(self, fd: int, first: int, end: int) -> None:
+    def sizes(self, count: int) -> list[int]:
+        return self.taken[:count]
+
+    def first(self) -> bytes:
+        return self.queries[ID_SIZE : self.taken[0]].tobytes()
+
+    def send(self, fd: ctypes.c_int, first: int, end: int) -> None:
         pass
 
     def last(self) -> bytes:

@@ -58,12 +58,14 @@ class _Message(ctypes.Structure):  # struct mmsghdr
 
 # Not CDLL: neither call ever blocks, so giving up the interpreter's lock would be for nothing.
 _libc = ctypes.PyDLL(None, use_errno=True)
+# Without argtypes and given objects of C's types, a call takes half the time: nothing is converted.
 _recvmmsg = _libc.recvmmsg
-_recvmmsg.argtypes = (
-    ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p,
-)  # fmt: skip
 _sendmmsg = _libc.sendmmsg
-_sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
+_NUMBERS: Final = tuple(ctypes.c_uint(number) for number in range(SLOTS + 1))
+_MOST: Final = _NUMBERS[SLOTS]
+_NO_WAIT: Final = ctypes.c_int(socket.MSG_DONTWAIT)
+_NO_FLAGS: Final = ctypes.c_int(0)
+_NO_TIMEOUT: Final = ctypes.c_void_p(None)
 
 _WORDS: Final = ctypes.sizeof(_Message) // 4
 _SIZE_WORD: Final = _Message.size.offset // 4
@@ -136,7 +138,10 @@ class Datagrams:
         self._out = (_Message * SLOTS)()
         self._lay_out()
         self._in_at = ctypes.addressof(self._in)
-        self._out_at = ctypes.addressof(self._out)
+        # Where each slot's header is that leaves.
+        size, out = ctypes.sizeof(_Message), ctypes.addressof(self._out)
+        self._leaves = [ctypes.c_void_p(out + slot * size) for slot in range(SLOTS)]
+        self._comes = ctypes.c_void_p(self._in_at)
         self._came = memoryview(self._in).cast("B").cast("I")
         self.vectors = memoryview(self._outof).cast("B").cast("P")
         self._held: list[bytes] = []
@@ -162,18 +167,26 @@ class Datagrams:
                     header.control = controls + i * self._control_room
                     header.control_size = self._control_room
 
-    def receive(self, fd: int) -> list[int]:
-        """Take what has come, up to SLOTS datagrams; return their sizes in octets."""
+    def receive(self, fd: ctypes.c_int) -> int:
+        """Take what has come; return how many datagrams it is, SLOTS at most."""
         if self._held:
             self._held.clear()
         if self._sourced:
             ctypes.memmove(self._in_at, self._fresh, len(self._fresh))
-        count = _recvmmsg(fd, self._in_at, SLOTS, socket.MSG_DONTWAIT, None)
+        count: int = _recvmmsg(fd, self._comes, _MOST, _NO_WAIT, _NO_TIMEOUT)
         if count <= 0:
-            return []
+            return 0
         if self._sourced:
             self._turn_round(count)
+        return count
+
+    def sizes(self, count: int) -> list[int]:
+        """Return how many octets each of the first `count` slots' datagrams has."""
         return self._came[_SIZE_WORD : _WORDS * count : _WORDS].tolist()
+
+    def first(self) -> bytes:
+        """Return the first slot's datagram behind the ID."""
+        return REST_OF[self._came[_SIZE_WORD]](self.queries, 0)[0]
 
     def _turn_round(self, count: int) -> None:
         """Make of where datagrams came to where their answers leave from."""
@@ -222,11 +235,11 @@ class Datagrams:
         data = bytes(self._controls[at : at + _PKTINFO6.size])
         return socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, data
 
-    def send(self, fd: int, first: int, end: int) -> None:
+    def send(self, fd: ctypes.c_int, first: int, end: int) -> None:
         """Send the answers of slots `first` to `end`, which is not one of them. What cannot be
         sent is as lost on the way: the client asks again."""
         while first < end:
-            sent = _sendmmsg(fd, self._out_at + first * _WORDS * 4, end - first, 0)
+            sent = _sendmmsg(fd, self._leaves[first], _NUMBERS[end - first], _NO_FLAGS)
             if sent > 0:
                 first += sent
             elif ctypes.get_errno() != errno.EINTR:

@@ -65,8 +65,13 @@ class AnsweringSelector(selectors.EpollSelector):
                 call = self._reads.get(fd)
                 if call is None:
                     others.append((fd, events))
-                elif not self._read(fd, call):
-                    done = False
+                else:
+                    try:
+                        if not call():
+                            done = False
+                    except Exception as e:
+                        _report(e, fd)
+                        done = False
             if others:
                 return self._keys(others)
             if not done or not came or wait == 0:
@@ -75,14 +80,6 @@ class AnsweringSelector(selectors.EpollSelector):
                 wait = until - time.monotonic()
                 if wait <= 0:
                     return []
-
-    def _read(self, fd: int, call: Read) -> bool:
-        try:
-            return call()
-        except Exception as e:
-            text = f"a bug in kdns in reading socket {fd}"
-            asyncio.get_running_loop().call_exception_handler({"message": text, "exception": e})
-            return False
 
     def _keys(self, came: list[tuple[int, int]]) -> list[tuple[selectors.SelectorKey, int]]:
         keys = self.get_map()
@@ -95,6 +92,11 @@ class AnsweringSelector(selectors.EpollSelector):
                 write = selectors.EVENT_WRITE if events & ~_IN else 0
                 ready.append((key, (read | write) & key.events))
         return ready
+
+
+def _report(error: Exception, fd: int) -> None:
+    text = f"a bug in kdns in reading socket {fd}"
+    asyncio.get_running_loop().call_exception_handler({"message": text, "exception": error})
 
 
 _selectors: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AnsweringSelector]
