@@ -20,7 +20,7 @@ from kdns.plugins.plugin import DROP, Outcome, Plugin
 from kdns.server.datagrams import QUERY_AT, SLOTS, Datagrams, room_for
 from kdns.server.exchange import Exchange
 from kdns.server.packetcache import PacketCache
-from kdns.server.udp import UdpListener
+from kdns.server.udp import RECEIVE_BUFFER, ROUNDS, UdpListener
 
 FAMILIES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
 
@@ -48,6 +48,7 @@ class Numbers(Plugin):
 async def listening(host: str, wildcard: bool = False) -> AsyncIterator[int]:
     family = FAMILIES[host]
     sock = socket.socket(family, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
     if family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     sock.bind(("" if wildcard else host, 0))
@@ -102,6 +103,19 @@ async def test_every_asker_gets_the_answer_to_its_own_question(host: str, wildca
                 assert got[qid] == (parse_name(f"{number}."), bytes((10, 0, 0, number)))
         for sock in askers:
             sock.close()
+
+
+@pytest.mark.asyncio
+async def test_more_questions_than_are_read_in_one_turn_are_all_answered() -> None:
+    async with listening("127.0.0.1") as port:
+        asker = client("127.0.0.1", "127.0.0.1", port)
+        count = (2 * ROUNDS + 1) * SLOTS
+        for qid in range(count):
+            asker.send(asked(qid % 7, qid))
+        assert sorted([parse_message(await read(asker)).id for _ in range(count)]) == list(
+            range(count)
+        )
+        asker.close()
 
 
 @pytest.mark.asyncio

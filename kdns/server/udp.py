@@ -71,10 +71,10 @@ class UdpListener:
         if count == 1:
             return self._answer_one()
         done = True
-        for _ in range(ROUNDS):
+        for more in range(ROUNDS - 1, -1, -1):
             if count and not self._answer(room.sizes(count)):
                 done = False
-            if count < SLOTS:
+            if count < SLOTS or not more:
                 break
             count = room.receive(self._fd)
         return done
