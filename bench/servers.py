@@ -261,6 +261,7 @@ def saturate(
     seconds: float,
     core: str = LOAD_CORE,
     clients: int = CLIENTS,
+    outstanding: int = OUTSTANDING,
 ) -> Ran:
     """Ask as fast as answers come: by bench/load.c where it could be built, for dnsperf takes
     longer for a question than a good server for its answer."""
@@ -268,7 +269,7 @@ def saturate(
         return dnsperf(port, load, seconds)
     out = subprocess.run(
         ["taskset", "-c", core, str(generator), str(port), str(load.file), str(clients),
-         str(OUTSTANDING), str(seconds)],
+         str(outstanding), str(seconds)],
         capture_output=True, text=True, timeout=seconds + 60, check=True,
     ).stdout  # fmt: skip
     took, answered, lost, cpu = out.split()

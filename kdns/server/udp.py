@@ -27,7 +27,7 @@ RECEIVE_BUFFER = 4 << 20
 # receiver, which costs more than making the answer. 16 answers take about 0.2 ms.
 BURST = 16
 # Every so many answers from a template it is seen whether it is always the same spelling.
-LOOK_AT_SPELLING = 8
+LOOK_AT_SPELLING = 3
 
 
 class UdpListener:
