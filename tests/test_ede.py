@@ -581,7 +581,7 @@ class Clients:
 
     def ask(self, name: str, qtype: int, edns: Edns | None) -> bytes:
         wire = render_query(7, parse_name(name), qtype, edns=edns)
-        entry = self.cache.find_spelt(wire) or self.cache.find_below(wire)
+        entry = self.cache.young.entries.get(wire[2:]) or self.cache.find_other(wire)
         kept = self.cache.repeat(entry, wire, 0.0) if entry is not None else None
         if kept is not None:
             return kept

@@ -33,6 +33,7 @@ WITH_COOKIE: Final = 1 + QUESTION_END + 1 + RECORD + 4 + CLIENT_COOKIE
 # A question's first octet behind the ID is under 0x80, so the keys of both kinds differ.
 MARK: Final = b"\xff"
 MARK_BELOW: Final = b"\xfe"
+NAME_AT: Final = 1 + HEADER - 2  # where in fold()'s key the name begins
 # Where in the answer, which part of the query, how many octets.
 Hole: TypeAlias = tuple[int, slice, int]
 _ID_HOLE: Final[Hole] = (0, slice(0, 2), 2)
@@ -69,21 +70,15 @@ def starts_of(datagram: bytes) -> list[int]:
     return starts if at < HEADER + MAX_NAME else []
 
 
-def below_parts(datagram: bytes, starts: list[int]) -> tuple[bytes, bytes]:
-    """Return two parts that make the keys of answers for all names that end alike: with the
-    second one cut off before octet n, they are the key that all questions share whose names are
-    of one length, of one number of labels, and alike from octet n on.
+def below_head(folded: bytes, starts: list[int]) -> bytes:
+    """Return the first part of the keys of answers for all names that end alike. With what
+    stands in fold()'s key from NAME_AT + n on it is the key that all questions share whose names
+    are of one length, of one number of labels, and alike from their octet n on.
 
     starts -- of the name's labels
     """
-    end = starts[-1]
-    rest = datagram[end:]
-    if len(rest) == WITH_COOKIE and rest[-12:-8] == COOKIE_HEAD:
-        rest = rest[:-CLIENT_COOKIE]
-    return (
-        MARK_BELOW + (len(starts) << 8 | end - HEADER).to_bytes(2, "big") + datagram[2:HEADER],
-        datagram[HEADER:end].lower() + rest,
-    )
+    shape = (len(starts) << 8 | starts[-1] - HEADER).to_bytes(2, "big")
+    return MARK_BELOW + shape + folded[1:NAME_AT]
 
 
 class Template:

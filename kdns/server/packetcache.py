@@ -16,8 +16,9 @@ from kdns.dns.message import FOREVER, Lease, Query, Reply
 from kdns.server.datagrams import ID_SIZE, address_of
 from kdns.server.folding import (
     HEADER,
+    NAME_AT,
     Template,
-    below_parts,
+    below_head,
     exact,
     fold,
     places_of_ttls,
@@ -140,30 +141,32 @@ class PacketCache:
             self._insert(entry)
         return entry
 
-    def find_spelt(self, datagram: bytes) -> Entry | None:
-        """Return the entry of a question: of these very octets, else of all its spellings."""
+    def find_other(self, datagram: bytes) -> Entry | None:
+        """Return the entry of a question of whose very octets the young generation has none: the
+        old one's, else that of all spellings, else that of a name that is not there and that the
+        question's name is below."""
         young, old = self.young.entries, self.old.entries
-        key = datagram[ID_SIZE:]
-        entry = young.get(key) or (self.find(key) if key in old else None)
-        if entry is None:
-            key = fold(datagram)
-            self._folded = datagram, key
-            entry = young.get(key) or (self.find(key) if key in old else None)
-        return entry
+        if old and (key := datagram[ID_SIZE:]) in old:
+            return self.find(key)
+        folded = fold(datagram)
+        self._folded = datagram, folded
+        entry = young.get(folded)
+        if entry is not None:
+            return entry
+        if folded in old:
+            return self.find(folded)
+        return self._find_below(datagram, folded) if self._depths else None
 
-    def find_below(self, datagram: bytes) -> Entry | None:
-        """Return the entry of a name that is not there and that the question's name is below."""
-        if not self._depths:
-            return None
+    def _find_below(self, datagram: bytes, folded: bytes) -> Entry | None:
         starts = starts_of(datagram)
         if not starts:
             return None
         last = len(starts) - 1
         young, old = self.young.entries, self.old.entries
-        head, tail = below_parts(datagram, starts)
+        head = below_head(folded, starts)
         for depth in self._depths:
             if depth < last:
-                key = head + tail[starts[last - depth] - HEADER :]
+                key = head + folded[starts[last - depth] - HEADER + NAME_AT :]
                 entry = young.get(key) or (self.find(key) if key in old else None)
                 if entry is not None:
                     return entry
@@ -214,9 +217,7 @@ class PacketCache:
         if reply.below is not None and self._keep_below(datagram, query, wire, reply, now):
             return
         if reply.folds:
-            looked_for, key = self._folded
-            if looked_for is not datagram:
-                key = fold(datagram)
+            key = self._fold(datagram)
             if not self._wanted(key, reply):
                 return
             ttls, lease = _lease_of(reply, wire, now)
@@ -230,6 +231,10 @@ class PacketCache:
             made = wire[2:] if lease is FREEHOLD else exact(wire, ttls)
             self._put(key, made, reply, now, lease)
 
+    def _fold(self, datagram: bytes) -> bytes:
+        looked_for, folded = self._folded
+        return folded if looked_for is datagram else fold(datagram)
+
     def _keep_below(
         self, datagram: bytes, query: Query, wire: bytes, reply: Reply, now: float
     ) -> bool:
@@ -239,8 +244,8 @@ class PacketCache:
         if reply.keep != FOREVER or reply.on_repeat is not None or not starts:
             return False
         assert reply.below is not None
-        head, tail = below_parts(datagram, starts)
-        key = head + tail[reply.below :]
+        folded = self._fold(datagram)
+        key = below_head(folded, starts) + folded[NAME_AT + reply.below :]
         if self._asked_before(key):
             template = template_of(query, reply, wire)
             if template is None:

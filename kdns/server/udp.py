@@ -106,7 +106,7 @@ class UdpListener:
         spent = 0.0
         misses = 0
         first = 0  # of those filled and not yet sent
-        young = cache.young.entries.get
+        young, find_other = cache.young.entries.get, cache.find_other
         # Kept to the end, for what was sent lies in them.
         entries = [
             young(REST_OF[size](queries, at)[0])
@@ -119,9 +119,10 @@ class UdpListener:
                 vectors[to + 1] = entry.rest
                 continue
             slot = to >> 2
-            datagram = room.query(slot, sizes[slot])
+            at = QUERY_AT[slot]
+            datagram = queries[at : at + sizes[slot]].tobytes()
             if entry is None:
-                entry = cache.find_spelt(datagram) or cache.find_below(datagram)
+                entry = find_other(datagram)
             if (
                 entry is not None
                 and (template := entry.template) is not None
