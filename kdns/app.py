@@ -69,8 +69,7 @@ UNDER_WAY = 15.0  # seconds that a question waits for its upstreams, and some
 # 300,000 objects in 0.2 s, in which nobody was answered. So many deps are some 2,000 objects.
 TURNOVER = 1_000
 # What has outlived such a look is looked at again only after so many: all that the registry has
-# renewed since the start may be among it, and takes 0.3 s. Who must wait until then is a closed
-# TCP connection that was open in a look: some 600 octets each.
+# renewed since the start may be among it, and takes 0.3 s.
 LOOKS = 1_000
 CLIENT_AUTH = {
     "verify_if_given": ssl.CERT_OPTIONAL,
@@ -505,11 +504,16 @@ class App:
 
     async def _empty(self) -> None:
         """Free the answers that were forgotten, with others in between."""
-        for listener in list(self.listeners.values()):
-            for cache in listener.caches:
-                for part in cache.let_go():
-                    self._note_turnover(part)
-                    await asyncio.sleep(0)
+        # Again where more was forgotten meanwhile.
+        while gone := [
+            cache
+            for listener in self.listeners.values()
+            for cache in listener.caches
+            if cache.has_forgotten
+        ]:
+            for part in gone[0].let_go():
+                self._note_turnover(part)
+                await asyncio.sleep(0)
 
     def _forget_all(self) -> None:
         self._invalidate(None)
@@ -518,21 +522,21 @@ class App:
         for listener in self.listeners.values():
             for cache in listener.caches:
                 if deps is None:
-                    cache.clear()
+                    cache.forget()
                 else:
                     cache.drop(deps)
-        if (
-            deps is None
-            and self._group is not None
-            and (self._emptying is None or self._emptying.done())
-        ):
-            self._emptying = self._group.create_task(_contained(self._empty()))
         if self.site is not None and (deps is None or deps):
             for plugin in self.site.plugins():
                 if plugin.word == "cache":
                     plugin.invalidate(deps)  # type: ignore[attr-defined]
         if deps and self.site is not None:  # nothing goes at a start
             self._note_turnover(len(deps))
+        if (
+            deps is None
+            and self._group is not None
+            and (self._emptying is None or self._emptying.done())
+        ):
+            self._emptying = self._group.create_task(_contained(self._empty()))
 
     def _note_turnover(self, deps: int) -> None:
         """So many deps' objects went, and as many may have come in their place."""

@@ -322,7 +322,8 @@ class Cluster:
                 raise ConfigError([Problem("api_names", 0, text)])
         names = ["localhost", socket.gethostname(), "kubernetes", "kubernetes.default",
                  "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"]  # fmt: skip
-        if self._bind in EVERYWHERE:
+        # Without TLS there is no certificate, and every address is right.
+        if self._tls and self._bind in EVERYWHERE:
             from kdns.kernel.netlink import default_address
 
             names += filter(None, (default_address(4), default_address(6)))

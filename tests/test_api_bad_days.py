@@ -403,6 +403,12 @@ async def test_a_page_whose_name_leads_here_reads_nothing_without_a_token() -> N
                      "dev.example", "kubernetes.default.svc"):  # fmt: skip
             status, said = await by_name(cluster, name)
             assert (status, said["kind"]) == (200, "ServiceList"), name
+        # Whoever looks whether it is well needs no name of its own.
+        async with (
+            aiohttp.ClientSession(headers={"Host": "lb.example"}) as session,
+            session.get(f"{cluster.api_url}/readyz") as answer,
+        ):
+            assert (answer.status, await answer.text()) == (200, "ok")
 
 
 async def test_with_tls_and_a_token_any_name_is_heard_and_the_certificate_has_those_given() -> None:

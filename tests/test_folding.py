@@ -62,9 +62,10 @@ FOLDING = {
 def test_an_answer_stands_for_every_spelling(case: str, cookie: bytes) -> None:
     name, qtype, answers = FOLDING[case]
     plugin = cluster()
-    query, reply, wire = answered(plugin, question(respelt(name, 0), qtype, cookie))
+    asked = question(respelt(name, 0), qtype, cookie)
+    query, reply, wire = answered(plugin, asked)
     assert len(reply.answer) == answers
-    template = template_of(query, reply, wire)
+    template = template_of(asked, query, reply, wire)
     assert template is not None
     for seed in range(20):
         other = question(respelt(name, seed), qtype, cookie[::-1], qid=seed)
@@ -90,8 +91,9 @@ def test_other_answers_are_kept_for_one_spelling_only(case: str) -> None:
         slices = slice_of("h", *(endpoint(f"10.244.1.{n}") for n in range(40)))
         plugin = kubernetes("pods insecure", service("h", ip="None"), slices)
     edns = Edns(1232, options=[option]) if option else None
-    query, reply, wire = answered(plugin, render_query(7, parse_name(name), qtype, edns=edns))
-    assert template_of(query, reply, wire) is None
+    asked = render_query(7, parse_name(name), qtype, edns=edns)
+    query, reply, wire = answered(plugin, asked)
+    assert template_of(asked, query, reply, wire) is None
 
 
 @given(st.binary(max_size=80), st.binary(max_size=80))
@@ -107,12 +109,23 @@ def test_only_spellings_of_one_question_share_a_key(one: bytes, other: bytes) ->
             assert stranger[-5:] == known[-5:]
 
 
+@pytest.mark.parametrize("rest", [b"trailing", b"\0\0\x01\0\x01\0\0\0\x05\0\x04\x7f\0\0\1"])
+def test_a_cookie_that_is_not_the_end_of_the_question_comes_back_as_it_came(rest: bytes) -> None:
+    plugin = cluster()
+    asked = bytearray(question(f"web.{SVC}", t.A, b"12345678") + rest)
+    if rest[0] == 0:
+        asked[11] += 1  # one more record behind the OPT
+    query, reply, wire = answered(plugin, bytes(asked))
+    assert b"12345678" in wire
+    assert template_of(bytes(asked), query, reply, wire) is None
+
+
 def test_a_label_with_an_octet_0_is_no_end_of_a_name() -> None:
     name = b"\x05a\0\0\x01b\0"
     plugin = cluster()
     wire = render_query(7, b"\x03a\0b" + parse_name(SVC), t.A)
     query, reply, made = answered(plugin, wire)
-    assert template_of(query, reply, made) is None
+    assert template_of(wire, query, reply, made) is None
     assert fold(render_query(1, name, t.A)) != fold(render_query(1, b"\x05A\0\0\x01b\0", t.A))[:-1]
 
 

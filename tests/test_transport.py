@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import random
 import socket
 import struct
@@ -196,6 +197,30 @@ async def test_many_questions_on_one_connection(corefile: str) -> None:
         assert parse_message(await read_frame(reader)).id == 778
         assert await reader.read() == b""
         writer.close()
+
+
+async def test_a_connection_that_has_ended_is_gone_without_the_garbage_collector(
+    corefile: str,
+) -> None:
+    def transports() -> int:
+        return sum(type(one).__name__ == "_SelectorSocketTransport" for one in gc.get_objects())
+
+    loop = asyncio.get_running_loop()
+    async with RunningKdns(corefile) as kdns:
+        gc.collect()
+        gc.disable()
+        try:
+            before = transports()
+            for _ in range(20):
+                with socket.create_connection(("127.0.0.1", kdns.port)) as sock:
+                    sock.setblocking(False)
+                    await loop.sock_sendall(sock, framed(render_query(7, WEB, t.A)))
+                    assert await loop.sock_recv(sock, 512)
+            async with asyncio.timeout(5):
+                while transports() > before:
+                    await asyncio.sleep(0.01)
+        finally:
+            gc.enable()
 
 
 async def test_a_silent_connection_is_closed(

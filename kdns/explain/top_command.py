@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import select
+import signal
 import sys
 import threading
 import time
@@ -35,6 +36,7 @@ HELD = 10_000  # lines read and not yet counted
 ROWS = 100  # that a page may show
 PLAIN_WIDTH = 120  # of a page that goes to no terminal
 DRAIN = 0.2  # seconds between two looks at what was read, while nothing is drawn
+CTRL_C = "\x03"
 
 
 @click.command("top")
@@ -235,7 +237,7 @@ def _watch(reader: _Reader, console: Console, source: str, interval: float, keep
         Live(drawn(), console=console, screen=True, auto_refresh=False) as live,
     ):
         while reader.error is None and (keep or not reader.ended):
-            if pressed(interval) in ("q", "Q", "\x03", "\x04"):
+            if pressed(interval) in ("q", "Q", CTRL_C, "\x04"):
                 return
             reader.count()
             live.update(drawn(), refresh=True)
@@ -260,13 +262,24 @@ def _keys() -> Iterator[Callable[[float], str]]:
         yield _no_key
         return
 
-    def pressed(seconds: float) -> str:
-        ready, _, _ = select.select([fd], [], [], seconds)
-        return os.read(fd, 1).decode("ascii", "replace") if ready else ""
+    # Ctrl-C comes as a key, too: an exception in the midst of drawing might be lost.
+    heard, said = os.pipe()
+    os.set_blocking(said, False)
 
+    def interrupted(number: int, frame: object) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.write(said, CTRL_C.encode())
+
+    def pressed(seconds: float) -> str:
+        ready, _, _ = select.select([fd, heard], [], [], seconds)
+        return os.read(ready[0], 1).decode("ascii", "replace") if ready else ""
+
+    handler = signal.signal(signal.SIGINT, interrupted)
     try:
         tty.setcbreak(fd)
         yield pressed
     finally:
+        signal.signal(signal.SIGINT, handler)
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
-        os.close(fd)
+        for one in (fd, heard, said):
+            os.close(one)

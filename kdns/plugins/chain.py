@@ -29,7 +29,7 @@ class Pending:
     resume  -- called with the upstream's Reply; returns the Result to go on with
     timeout -- seconds after which `expire()` is the Result; the resume still happens then,
                for what it leaves behind (a cache entry), and its Result is dropped
-    sent    -- to be called once the Result has left
+    sent    -- to be called once the Result has left, or has been given to a stream
     """
 
     __slots__ = ("expire", "forward", "resume", "sent", "timeout")

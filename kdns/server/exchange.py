@@ -111,7 +111,10 @@ class Exchange:
             else:
                 self._go_on(query, lambda: pending.resume(reply), done)
             for call in pending.sent:
-                call()
+                try:
+                    call()
+                except Exception:
+                    self.panic("what follows an answer")
 
         if pending.timeout is not None and pending.expire is not None:
             timer = asyncio.get_running_loop().call_later(pending.timeout, expire)

@@ -173,7 +173,7 @@ def _behind_name(wire: bytes, at: int) -> int:
 
 
 def template_of(
-    query: Query, reply: Reply, wire: bytes, ttls: Iterable[int] = ()
+    datagram: bytes, query: Query, reply: Reply, wire: bytes, ttls: Iterable[int] = ()
 ) -> Template | None:
     """Return the template of the answer `wire` that was rendered from `reply`; None if it
     cannot be one: compressed, cut, or with names whose spelling nobody vouches for.
@@ -217,7 +217,8 @@ def template_of(
         return None
     if cookie:
         at += 1 + RECORD + 4
-        if wire[at : at + CLIENT_COOKIE] != cookie:
+        # Other octets may stand behind the OPT.
+        if wire[at : at + CLIENT_COOKIE] != cookie or datagram[_COOKIE_HOLE] != cookie:
             return None
         holes.append((at, _COOKIE_HOLE, CLIENT_COOKIE))
     return Template(wire, holes, ttls)

@@ -42,8 +42,8 @@ class AnsweringSelector(selectors.EpollSelector):
         self._reads[fd] = call
 
     def forget(self, fd: int) -> None:
-        self._reads.pop(fd, None)
-        self.unregister(fd)
+        if self._reads.pop(fd, None) is not None:
+            self.unregister(fd)
 
     def close(self) -> None:
         self._own.close()

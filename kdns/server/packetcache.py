@@ -221,7 +221,7 @@ class PacketCache:
             if not self._wanted(key, reply):
                 return
             ttls, lease = _lease_of(reply, wire, now)
-            template = template_of(query, reply, wire, ttls)
+            template = template_of(datagram, query, reply, wire, ttls)
             if template is not None:
                 self._put(key, template, reply, now, lease)
                 return
@@ -247,7 +247,7 @@ class PacketCache:
         folded = self._fold(datagram)
         key = below_head(folded, starts) + folded[NAME_AT + reply.below :]
         if self._asked_before(key):
-            template = template_of(query, reply, wire)
+            template = template_of(datagram, query, reply, wire)
             if template is None:
                 return False
             self._insert(Entry(key, template, reply, now))
@@ -327,7 +327,13 @@ class PacketCache:
                         del entries[key]
 
     def clear(self) -> None:
-        """Forget everything; what was counted is kept. let_go() frees it, or the next clear()."""
+        """Forget everything and free it; what was counted is kept."""
+        self.forget()
+        for _ in self.let_go():
+            pass
+
+    def forget(self) -> None:
+        """As clear(), but leave it to let_go() to free it; the next forget() does, too."""
         for generation in self._gone:
             self._settle_all(generation)
         self._gone = [self.young, self.old]
@@ -348,8 +354,13 @@ class PacketCache:
                         if one.__class__ is Entry:
                             self._settle(one)
                     yield part
-            if generation in self._gone:  # else there was another clear()
+            if generation in self._gone:  # else there was another forget()
                 self._gone.remove(generation)
+
+    @property
+    def has_forgotten(self) -> bool:
+        """Whether there is something for let_go()."""
+        return bool(self._gone)
 
     def settle(self) -> None:
         """Add the repeats to the metrics they stand for."""

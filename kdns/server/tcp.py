@@ -140,6 +140,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
+        # asyncio's transports for plain TCP hold a method of their own: without this only the
+        # garbage collector would end them, which looks at what is old seldom (kdns/app.py).
+        transport: Any = self._transport
+        if hasattr(transport, "_read_ready_cb"):
+            transport._read_ready_cb = None
         self._transport = None
         self._server.held -= len(self._buffer)
         self._server.blocked -= self._blocked
