@@ -102,7 +102,12 @@ export HOME=/root LC_ALL=C.UTF-8 KDNS_VM=1 {environment}
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t tmpfs tmpfs /run
+# A checkout below /tmp is not to vanish with what else is there.
+mkdir /run/checkout
+mount --bind {checkout} /run/checkout
 mount -t tmpfs tmpfs /tmp
+mkdir -p {checkout}
+mount --move /run/checkout {checkout}
 mkdir -p /dev/pts /dev/shm
 mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
