@@ -219,7 +219,7 @@ class Room(Datagrams):
         """Return the answer in the first slot."""
         at = REST_AT[0]
         rest = ctypes.string_at(self.vectors[at], self.vectors[at + 1])
-        return self.query(0, ID_SIZE) + rest
+        return self.queries[:ID_SIZE].tobytes() + rest
 
 
 class Server:

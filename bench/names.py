@@ -374,12 +374,7 @@ def _table(results: Results, load: Load) -> list[str]:
         figures = by_load.get(load.name)
         if figures is None:
             continue
-        ratios = [
-            ratio(figures.rates, other.rates)
-            if (other := results.at(peer, load.name)) is not None
-            else "-"
-            for peer in ("echo", "CoreDNS")
-        ]
+        ratios = _ratios(results, load, figures, "rate")
         rate = statistics.median(figures.rates)
         spread = (max(figures.rates) - min(figures.rates)) / rate * 50 if rate else 0.0
         latency = "-"
@@ -396,6 +391,16 @@ def _table(results: Results, load: Load) -> list[str]:
     return lines
 
 
+def _ratios(results: Results, load: Load, figures: Figures, what: str) -> list[str]:
+    """Return a server's ratios to the echo and to CoreDNS."""
+    return [
+        ratio(figures.of(what), other.of(what))
+        if (other := results.at(peer, load.name)) is not None
+        else "-"
+        for peer in ("echo", "CoreDNS")
+    ]
+
+
 def _dnsperf_table(results: Results, load: Load) -> list[str]:
     """Return the same questions asked by dnsperf, and how busy that kept each server."""
     lines = [
@@ -407,12 +412,7 @@ def _dnsperf_table(results: Results, load: Load) -> list[str]:
         figures = by_load.get(load.name)
         if figures is None:
             continue
-        ratios = [
-            ratio(figures.dnsperf, other.dnsperf)
-            if (other := results.at(peer, load.name)) is not None
-            else "-"
-            for peer in ("echo", "CoreDNS")
-        ]
+        ratios = _ratios(results, load, figures, "dnsperf")
         busy, most = (statistics.median(of) for of in (figures.dnsperf_busy, figures.busy))
         lines.append(
             f"| {name} | {statistics.median(figures.dnsperf):,.0f} | {ratios[0]} | {ratios[1]} |"

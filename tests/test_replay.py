@@ -29,7 +29,7 @@ from kdns.plugins.hosts import Hosts
 from kdns.plugins.kubernetes import Kubernetes
 from kdns.plugins.plugin import Outcome, Plugin
 from kdns.registry.snapshot import Changes, everything
-from kdns.server.datagrams import ID_SIZE, REST_AT, Datagrams
+from kdns.server.datagrams import ID_SIZE, QUERY_AT, REST_AT, Datagrams
 from kdns.server.exchange import Exchange
 from kdns.server.packetcache import PacketCache
 from kdns.server.udp import UdpListener
@@ -203,7 +203,7 @@ class Room(Datagrams):
         return [self.size]
 
     def first(self) -> bytes:
-        return self.query(0, self.size)[ID_SIZE:]
+        return self.queries[ID_SIZE : self.size].tobytes()
 
     def peer(self, slot: int) -> tuple[str, int]:
         return self.server.client
@@ -212,7 +212,8 @@ class Room(Datagrams):
         for slot in range(first, end):
             at = REST_AT[slot]
             rest = ctypes.string_at(self.vectors[at], self.vectors[at + 1])
-            self.server.sent.append(self.query(slot, ID_SIZE) + rest)
+            qid = self.queries[QUERY_AT[slot] :][:ID_SIZE].tobytes()
+            self.server.sent.append(qid + rest)
 
 
 class Server(UdpListener):

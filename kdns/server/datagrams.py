@@ -201,11 +201,6 @@ class Datagrams:
             if controls[at] != 0xFE or controls[at + 1] & 0xC0 != 0x80:
                 controls[at + 16 : at + 20] = b"\0\0\0\0"
 
-    def query(self, slot: int, size: int) -> bytes:
-        """Return a slot's datagram."""
-        at = slot * QUERY_ROOM
-        return self.queries[at : at + size].tobytes()
-
     def put(self, slot: int, wire: bytes) -> None:
         """Have a slot answered; wire -- all of the answer, with the query's ID"""
         at = REST_AT[slot]
