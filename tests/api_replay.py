@@ -15,6 +15,7 @@ import asyncio
 import json
 import pathlib
 import sys
+import time
 from bisect import bisect_right
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -108,6 +109,7 @@ class ApiReplay:
         self.asked: list[Asked] = []
         self.open_watches = 0
         self.port = 0
+        self.sent_at = 0.0  # when events of a watch last went out; of the monotonic clock
         self.silent = False  # watches that are open or come now never get another byte
         self._objects: dict[str, dict[tuple[str, str], Json]] = {r: {} for r in RESOURCES}
         self._history: dict[str, list[tuple[int, str, Json]]] = {r: [] for r in RESOURCES}
@@ -366,6 +368,7 @@ class ApiReplay:
                     if event is None or event is _END:
                         break
                     held += _line(event)
+                self.sent_at = time.monotonic()
                 await response.write(held)
                 if event is _END:
                     return

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdns.registry.endpoints import Endpoint, canonical_address
+from kdns.registry.endpoints import Endpoint, canonical_address, pack_address
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,22 @@ def test_every_address_is_read_and_read_again(
     assert found is not None and canonical_address(found[1]) == found
     if found[0] == address.version:
         assert ipaddress.ip_address(found[1]) == address
+
+
+@given(
+    st.one_of(
+        st.ip_addresses().map(str),
+        st.text("0123456789abcdef.:% \n\0", max_size=40),
+        st.text(max_size=20),
+    )
+)
+def test_the_octets_of_an_address_are_those_of_the_library(text: str) -> None:
+    """There is a shorter way for what most addresses are."""
+    try:
+        want = ipaddress.ip_address(text).packed
+    except ValueError:
+        want = None
+    assert pack_address(text) == want
 
 
 @given(st.text(max_size=40))

@@ -53,6 +53,9 @@ IMPURE = frozenset(
     " subprocess sys tempfile threading time urllib uuid".split()
 )
 
+# What of these does nothing of the kind.
+HARMLESS = frozenset({"socket.AF_INET", "socket.inet_pton"})
+
 
 class Import(NamedTuple):
     """One import: where it stands and what it names."""
@@ -86,7 +89,8 @@ def _walk(
         elif isinstance(child, ast.ImportFrom):
             base = package[: len(package) - child.level + 1] if child.level else ()
             module = ".".join([*base, *([child.module] if child.module else [])])
-            for name in {_meant(module, alias.name) for alias in child.names}:
+            names = [one.name for one in child.names if f"{module}.{one.name}" not in HARMLESS]
+            for name in {_meant(module, name) for name in names}:
                 yield child.lineno, name, typing_only
         elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             for part in child.body:

@@ -144,6 +144,37 @@ def test_what_a_question_begins_is_done_at_once_and_not_with_the_next_event(aske
     run_answering(main())
 
 
+def test_a_change_takes_its_steps_before_questions_are_answered(
+    asker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a change of the cluster that has come waits for as many questions as it takes steps,
+    and these are answered as things were."""
+    monkeypatch.setattr("kdns.server.loop.FIRST", BOUND)
+
+    async def main() -> None:
+        with Echo() as echo:
+            await asyncio.sleep(0.001)
+            asker.sendto(b"x", echo.sock.getsockname())
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert echo.read == 0
+            await asyncio.sleep(0.001)
+            assert echo.read == 1
+
+    run_answering(main())
+
+
+def test_a_program_that_never_waits_keeps_nobody_waiting(asker: Any) -> None:
+    async def main() -> None:
+        with Echo() as echo:
+            asker.sendto(b"x", echo.sock.getsockname())
+            async with asyncio.timeout(BOUND):
+                while not echo.read:
+                    await asyncio.sleep(0)
+
+    run_answering(main())
+
+
 def test_many_questions_are_one_step_of_the_loop() -> None:
     """What it is for: the loop does not go round for each datagram."""
 

@@ -231,6 +231,7 @@ class Server(UdpListener):
         self.cx.metrics.before_scrape.append(self.cache.settle)
         self._room = self.room = Room(self)
         self._fd = ctypes.c_int(0)
+        self._made = None
         self.client = CLIENTS[0]
         self.sent: list[bytes] = []
         self.load(world)

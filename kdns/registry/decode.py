@@ -550,5 +550,9 @@ def _share_slice(one: EndpointSlice) -> None:
     _share(one, "address_type")
     if one.ports:
         one.ports[:] = map(_one, one.ports)
-    for endpoint in one.endpoints or ():
-        _share(endpoint, "conditions", "node_name", "topology_zone")
+    for endpoint in one.endpoints or ():  # as _share() does; there are many
+        force_setattr(endpoint, "conditions", _one(endpoint.conditions))
+        if endpoint.node_name:
+            force_setattr(endpoint, "node_name", _one(endpoint.node_name))
+        if endpoint.topology_zone:
+            force_setattr(endpoint, "topology_zone", _one(endpoint.topology_zone))

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from socket import AF_INET, inet_pton
 from typing import Final, Literal, TypeAlias
 
 from kdns.registry.objects import (
@@ -127,8 +128,10 @@ def address_key(packed: bytes) -> Address:
 
 def pack_address(text: str) -> bytes | None:
     """Return an address's octets; None if it is none."""
-    if _IPV4.fullmatch(text):  # most are, and ipaddress takes four times as long
-        return bytes(map(int, text.split(".")))
+    try:  # most are IPv4's, and ipaddress takes ten times as long
+        return inet_pton(AF_INET, text)
+    except (OSError, ValueError):
+        pass
     try:
         return ipaddress.ip_address(text).packed
     except ValueError:

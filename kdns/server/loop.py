@@ -23,6 +23,10 @@ T = TypeVar("T")
 Read = Callable[[], bool]
 # Sockets looked at in one go; the kernel begins with the others the next time.
 AT_ONCE: Final = 64
+# Seconds that what the loop has to do at once may go before what is read within its wait: a
+# change that has come takes some steps of the loop to the names, and each would let a question
+# pass that is then answered as things were.
+FIRST: Final = 0.0005
 _IN: Final = select.EPOLLIN
 _OUT: Final = select.EPOLLOUT
 
@@ -35,6 +39,7 @@ class AnsweringSelector(selectors.EpollSelector):
         # The base class keeps its own to itself; both are one to the kernel.
         self._own = select.epoll.fromfd(os.dup(self.fileno()))
         self._reads: dict[int, Read] = {}
+        self._waited = 0.0  # when what has come was last read
 
     def read(self, fd: int, call: Read) -> None:
         """Have a socket read by `call` whenever there is something."""
@@ -53,7 +58,9 @@ class AnsweringSelector(selectors.EpollSelector):
         """Return what is ready, as any selector; an empty list also as soon as a read has begun
         something."""
         wait = -1.0 if timeout is None else max(0.0, timeout)
-        until = time.monotonic() + wait if wait > 0 else 0.0
+        now = time.monotonic()
+        until = now + wait
+        reading = wait != 0 or now - self._waited >= FIRST
         while True:
             try:
                 came = self._own.poll(wait, AT_ONCE)
@@ -65,17 +72,17 @@ class AnsweringSelector(selectors.EpollSelector):
                 call = self._reads.get(fd)
                 if call is None:
                     others.append((fd, events))
-                else:
+                elif reading:
                     try:
                         if not call():
                             done = False
                     except Exception as e:
                         _report(e, fd)
                         done = False
-            if others:
+            if others or not done or not came or wait == 0:
+                if reading:
+                    self._waited = time.monotonic()
                 return self._keys(others)
-            if not done or not came or wait == 0:
-                return []
             if wait > 0:
                 wait = until - time.monotonic()
                 if wait <= 0:

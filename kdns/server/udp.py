@@ -51,6 +51,8 @@ class UdpListener:
         # The slot whose datagram is being answered, and whether its answer is there.
         self._slot = 0
         self._filled = False
+        # What keep() is to be told once the answer has left.
+        self._made: tuple[bytes, Query, bytes, Reply, float] | None = None
         if reply_from:
             want_source(sock)
         sock.setblocking(False)
@@ -121,6 +123,8 @@ class UdpListener:
             slot = to >> 2
             at = QUERY_AT[slot]
             datagram = queries[at : at + sizes[slot]].tobytes()
+            if self._made is not None:
+                self._keep_made()
             if entry is None:
                 entry = find_other(datagram)
             if (
@@ -147,6 +151,8 @@ class UdpListener:
                 room.send(fd, first, slot + 1)
                 first = slot + 1
         room.send(fd, first, len(sizes))
+        if self._made is not None:
+            self._keep_made()
         if misses < len(sizes):
             cache.repeats += len(sizes) - misses
             cache.busy += time.monotonic() - began - spent
@@ -180,7 +186,13 @@ class UdpListener:
             wire = self._render(query, result)
             self._fill(wire)
             if result.keep > 0:
-                cache.keep(datagram, query, wire, result, now)
+                self._made = datagram, query, wire, result, now
+
+    def _keep_made(self) -> None:
+        """Remember the answer made last: who asked alone does not wait for this."""
+        made, self._made = self._made, None
+        if made is not None:
+            self.cache.keep(*made)
 
     def _repeat(self, entry: Entry, wire: bytes, datagram: bytes, peer: Any, now: float) -> None:
         entry.hits += 1

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from struct import pack
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from kdns.dns import types as t
 from kdns.dns.message import RR
@@ -26,6 +25,7 @@ from kdns.registry.objects import (
     Service,
     ServiceImport,
     ServicePort,
+    SlicePort,
 )
 
 NO_PORT = -1  # stands for "no ports declared": there is an address but nothing for SRV
@@ -35,8 +35,7 @@ _NO_PORTS: Ports = ((b"", b"", NO_PORT),)
 _SHARED = 1 << 10  # ports that many Services have in common
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """One address with one port.
 
     target -- labels left of the zone that an SRV record points to
@@ -333,30 +332,30 @@ def _endpoint_items(
     slices: Iterable[EndpointSlice],
     pod_names: bool,
     cluster: bytes = b"",
-) -> Iterator[Item]:
+) -> list[Item]:
     base: tuple[bytes, ...] = (records.name, records.namespace, SVC)
     if cluster:
         base = (cluster, *base)
+    items: list[Item] = []
+    spelt: Ports = ()
+    spelt_of: object = None
     for endpoint, address, packed, ports in published(slices):
+        if ports is not spelt_of:  # those of another slice
+            spelt_of, spelt = ports, tuple(map(_slice_port, ports)) or _NO_PORTS
         ref = endpoint.target_ref
         label = endpoint_label(
             endpoint.hostname, ref.name if ref else "", address, pod_names
         ).lower().encode()  # fmt: skip
         target = (label, *base)
         zone = endpoint.topology_zone or ""
-        if not ports:
-            yield Item(packed, NO_PORT, b"", b"", target, label, zone, cluster)
-        for port in ports:
-            yield Item(
-                packed,
-                NO_PORT if port.port is None else port.port,
-                (port.name or "").lower().encode(),
-                (port.protocol or "TCP").lower().encode(),
-                target,
-                label,
-                zone,
-                cluster,
-            )
+        for name, protocol, number in spelt:
+            items.append(Item(packed, number, name, protocol, target, label, zone, cluster))
+    return items
+
+
+def _slice_port(port: SlicePort) -> tuple[bytes, bytes, int]:
+    number = NO_PORT if port.port is None else port.port
+    return _port(port.name or "", port.protocol or "TCP", number)
 
 
 def _set_own(
