@@ -6,6 +6,7 @@ that ratios are of neighbours in time; who is asked and how is servers.py's.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import socket
@@ -183,8 +184,7 @@ def _measure(folder: Path, seconds: float, rounds: int, services: int) -> Result
         found = servers.peers(folder, api, upstream, zone_file(folder, api))
         results = Results(found, loads, servers.built(folder, "load"))
         for _ in range(rounds):
-            for peer in found:
-                _round(results, peer, folder, seconds, upstream)
+            _round(results, folder, seconds, upstream)
         return results
 
 
@@ -209,40 +209,51 @@ def zone_file(folder: Path, api: int) -> Path:
     return path
 
 
-def _round(results: Results, peer: Peer, folder: Path, seconds: float, upstream: int) -> None:
-    log = folder / f"{peer.name}.log"
-    with servers.started(peer.command, SERVER_CORE, log) as process:
-        first = servers.FIRST if "cluster" in peer.serves else "host-1.example.com"
-        servers.wait_answering(peer.port, first, process, log)
+def _round(results: Results, folder: Path, seconds: float, upstream: int) -> None:
+    """Measure each figure of all servers one right after the other: a machine's speed changes
+    from one minute to the next. All run meanwhile; those that are not asked do next to nothing."""
+    with contextlib.ExitStack() as stack:
+        pids = {}
+        for peer in results.peers:
+            log = folder / f"{peer.name}.log"
+            process = stack.enter_context(servers.started(peer.command, SERVER_CORE, log))
+            first = servers.FIRST if "cluster" in peer.serves else "host-1.example.com"
+            servers.wait_answering(peer.port, first, process, log)
+            pids[peer] = process.pid
         for load in results.loads:
-            if load.asks not in peer.serves:
-                continue
-            figures = results.figures.setdefault(peer.name, {}).setdefault(load.name, Figures())
-            _throughput(results, peer, process.pid, load, seconds, figures)
-            if load.name == "repeated":
-                _latency(results, peer, load, seconds, figures)
-                _flood(results, peer, seconds)
-            print(f"{peer.name:8} {load.name:9} {figures.rates[-1]:10,.0f} q/s"
-                  f" {figures.cpu[-1]:6.1f} us/q", flush=True)  # fmt: skip
-        if "outside" in peer.serves and peer.name != "echo":
-            _forwarding(results, peer, upstream)
+            _load(results, load, {p: pid for p, pid in pids.items() if load.asks in p.serves},
+                  seconds)  # fmt: skip
+        for peer in pids:
+            if "outside" in peer.serves and peer.name != "echo":
+                _forwarding(results, peer, upstream)
 
 
-def _throughput(
-    results: Results, peer: Peer, pid: int, load: Load, seconds: float, into: Figures
-) -> None:
-    before = servers.cpu_seconds(pid)
-    ran = servers.saturate(results.generator, peer.port, load, seconds)
-    into.rates.append(ran.rate)
-    into.busy.append((servers.cpu_seconds(pid) - before) / seconds)
-    into.lost += ran.lost
-    if load.name == "repeated":
+def _load(results: Results, load: Load, pids: dict[Peer, int], seconds: float) -> None:
+    into = {
+        peer: results.figures.setdefault(peer.name, {}).setdefault(load.name, Figures())
+        for peer in pids
+    }
+    for peer, pid in pids.items():
         before = servers.cpu_seconds(pid)
-        into.dnsperf.append(servers.dnsperf(peer.port, load, seconds).rate)
-        into.dnsperf_busy.append((servers.cpu_seconds(pid) - before) / seconds)
-    before = servers.cpu_seconds(pid)
-    offered = servers.dnsperf(peer.port, load, seconds, OFFERED)
-    into.cpu.append((servers.cpu_seconds(pid) - before) / max(1, offered.answered) * 1e6)
+        ran = servers.saturate(results.generator, peer.port, load, seconds)
+        into[peer].rates.append(ran.rate)
+        into[peer].busy.append((servers.cpu_seconds(pid) - before) / seconds)
+        into[peer].lost += ran.lost
+    for peer, pid in pids.items() if load.name == "repeated" else ():
+        before = servers.cpu_seconds(pid)
+        into[peer].dnsperf.append(servers.dnsperf(peer.port, load, seconds).rate)
+        into[peer].dnsperf_busy.append((servers.cpu_seconds(pid) - before) / seconds)
+    for peer, pid in pids.items():
+        before = servers.cpu_seconds(pid)
+        offered = servers.dnsperf(peer.port, load, seconds, OFFERED)
+        into[peer].cpu.append((servers.cpu_seconds(pid) - before) / max(1, offered.answered) * 1e6)
+        print(f"{peer.name:8} {load.name:9} {into[peer].rates[-1]:10,.0f} q/s"
+              f" {into[peer].cpu[-1]:6.1f} us/q", flush=True)  # fmt: skip
+    if load.name == "repeated":
+        for peer in pids:
+            _latency(results, peer, load, seconds, into[peer])
+        for peer in pids:
+            _flood(results, peer, seconds)
 
 
 def _latency(results: Results, peer: Peer, load: Load, seconds: float, into: Figures) -> None:

@@ -109,7 +109,7 @@ OUTSIDE = """.:{port} {{
 """
 
 
-@dataclass
+@dataclass(eq=False)
 class Peer:
     """One server. serves -- "cluster" names, "outside" ones, or both; the echo answers all"""
 
