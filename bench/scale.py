@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -277,6 +278,10 @@ def _names(services: int) -> list[str]:
     return [f"svc-{n}.bench-{n // 100}.svc.cluster.local" for n in range(0, services, 97)]
 
 
+# No address comes twice, whoever is asked: it would be there already.
+_moves = itertools.count(1_000_000)
+
+
 def _events(peer: Peer, api: Api, services: int) -> list[float]:
     """Return how long each of many changes took from leaving the API server to being seen: an
     endpoint moves to an address that its name is asked for until it is there."""
@@ -285,7 +290,7 @@ def _events(peer: Peer, api: Api, services: int) -> list[float]:
         sock.connect(("127.0.0.1", peer.port))
         sock.settimeout(0.5)
         for n in range(EVENTS):
-            number = 1_000_000 + n
+            number = next(_moves)
             service = n * 31 % services
             label = moved_address(number).replace(".", "-")
             name = f"{label}.svc-{service}.bench-{service // 100}.svc.cluster.local"
@@ -517,8 +522,8 @@ def section(results: Results) -> list[str]:
         f"{results.when} on {results.machine}. Command: {results.command}. {SERVICES:,} Services"
         f" with {ENDPOINTS} endpoints each from one API replay server (on the load's core), kubeadm"
         f" Corefile, server on one core; {rounds} rounds. A change is an endpoint that moves to"
-        " another address; it is seen when the endpoint's new name is answered, by one client that"
-        " asks again and again, and counts from before the API server writes it.",
+        " another address; it counts from when the API server sends it until an answer shows it,"
+        " the endpoint's new name asked for again and again by one client.",
         "",
         *[f"- {peer.name}: {peer.version}" for peer in results.peers if peer.version],
         "",
