@@ -1,7 +1,7 @@
 """Names: queries a second and CPU a query, beside every DNS server the machine has.
 
-Decides what is asked and how it is told. Each round runs all servers one after the other, so
-that ratios are of neighbours in time; who is asked and how is servers.py's.
+Decides what is asked and how it is told. Each round takes each figure of all servers one after
+the other, so that ratios are of neighbours in time; who is asked and how is servers.py's.
 """
 
 from __future__ import annotations
@@ -210,8 +210,8 @@ def zone_file(folder: Path, api: int) -> Path:
 
 
 def _round(results: Results, folder: Path, seconds: float, upstream: int) -> None:
-    """Measure each figure of all servers one right after the other: a machine's speed changes
-    from one minute to the next. All run meanwhile; those that are not asked do next to nothing."""
+    """A machine's speed changes from one minute to the next: all servers run meanwhile; those
+    that are not asked do next to nothing."""
     with contextlib.ExitStack() as stack:
         pids = {}
         for peer in results.peers:

@@ -80,6 +80,7 @@ def endpoint_slice(
     pod: str = "",
     port: int = 80,
     version: str = "1",
+    address_type: str = "IPv4",
 ) -> EndpointSlice:
     return EndpointSlice(
         Meta(
@@ -88,6 +89,7 @@ def endpoint_slice(
             labels={SERVICE_NAME_LABEL: of} if of else None,
             resource_version=version,
         ),
+        address_type,
         endpoints=[
             SliceEndpoint([a], Conditions(ready), hostname, target_ref=TargetRef("Pod", pod))
             for a in addresses
@@ -307,6 +309,12 @@ SERIAL: list[tuple[str, Object | None, Object | None, bool]] = [
     ("endpoint becomes unready", endpoint_slice(), endpoint_slice(ready=False), True),
     ("ready instead of unknown", endpoint_slice(), endpoint_slice(ready=None), False),
     ("another pod behind it", endpoint_slice(), endpoint_slice(pod="x"), False),
+    (
+        "a name that DNS does not show changed",
+        endpoint_slice(addresses=("a.example",), address_type="FQDN"),
+        endpoint_slice(addresses=("b.example",), address_type="FQDN"),
+        False,
+    ),
     ("Pod added", None, pod(), True),
     ("Pod deleted", pod(), None, True),
     ("Pod address changed", pod(), pod(ip="10.244.0.2"), True),

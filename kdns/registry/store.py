@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
-from kdns.registry.endpoints import is_published
+from kdns.registry.endpoints import published
 from kdns.registry.objects import (
     IMPORT_NAME_LABEL,
     SERVICE_NAME_LABEL,
@@ -414,11 +414,6 @@ def _imported_from(one: EndpointSlice) -> tuple[str, str] | None:
 
 def _endpoints_shown(one: EndpointSlice) -> object:
     return (
-        [
-            (address, endpoint.hostname or "")
-            for endpoint in one.endpoints or ()
-            if is_published(endpoint)
-            for address in endpoint.addresses
-        ],
+        [(address, endpoint.hostname or "") for endpoint, address, _, _ in published((one,))],
         [(p.name or "", p.port, p.protocol or "") for p in one.ports or ()],
     )
