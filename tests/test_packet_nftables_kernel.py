@@ -20,6 +20,7 @@ from packet_lab import (
     from_node,
     hold,
     lab_with,
+    run,
 )
 
 from kdns.proxy.nftables import render_rules
@@ -95,6 +96,18 @@ class Nftables:
 
     def _now(self) -> NftRuleset:
         return parse_nftables(self.lab.on_node("nft", "list", "ruleset"))
+
+
+def test_a_lab_sends_nothing_by_itself() -> None:
+    """What is counted is what a test has sent: an IGMP report was once counted beside it."""
+    count = "table inet watch {\nchain out { type filter hook output priority -400\ncounter\n}\n}\n"
+    with lab_with("q", "nft") as one:
+        places = [("ip", "netns", "exec", name, "nft") for name in (one.node, one.client)]
+        for nft in places:
+            run(*nft, "-f", "-", text=count)
+        time.sleep(2.5)  # the reports of a new group come within 2 s (RFC 3376 8.11)
+        for nft in places:
+            assert "counter packets 0 " in run(*nft, "list", "ruleset")
 
 
 def test_hooks_and_priorities_are_passed_as_the_kernel_does(lab: Lab) -> None:
