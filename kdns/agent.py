@@ -46,7 +46,7 @@ from kdns.proxy.table import ForwardingTable, TableCompiler, conflicts, dump_tab
 from kdns.registry.decode import TRIGGER_TIME
 from kdns.registry.gate import KernelChanges
 from kdns.registry.objects import EndpointSlice, Key, Node
-from kdns.registry.snapshot import Changes, Snapshot, everything
+from kdns.registry.snapshot import Changes, Snapshot, all_between, everything
 from kdns.registry.spec import KubeSpec, ManifestSpec
 from kdns.registry.store import Store
 from kdns.runtime import collect_rarely, raise_file_limit, settle_memory, take_turns_often
@@ -150,6 +150,9 @@ class Agent:
         self._local: tuple[LocalAddress, ...] = ()
         self._default: dict[Family, str] = {}  # the address of the default route
         self._snapshot = Snapshot()
+        self._own: asyncio.Task[None] | None = None  # follows its own pipeline's source
+        self._forwarding = False  # attached to the pipeline
+        self._elsewhere = False  # the next snapshot is of another registry than the one before
         self._kept = asyncio.Event()  # what is kept may be other
         self._stop = asyncio.Event()
         self._why = ""  # if it is for a reason that the operator must hear of
@@ -202,32 +205,51 @@ class Agent:
     async def _forward(self, group: asyncio.TaskGroup) -> None:
         assert self._http is not None
         await self._http.start()
-        own = self.pipeline is None
-        pipeline = self.pipeline or Pipeline(
-            Store(self._spec.kinds), lambda deps: None, words=WORDS
-        )
-        self.pipeline = pipeline
-        self._gauge_age(pipeline)
+        if self.pipeline is None:
+            self.pipeline = pipeline = Pipeline(
+                Store(self._spec.kinds), lambda deps: None, words=WORDS
+            )
+            self._own = group.create_task(self._follow(self._spec, pipeline, self.metrics))
+        self._gauge_age()
         self._gauge_policies()
-        gauge_revisions(self.metrics, pipeline.revisions)
+        gauge_revisions(self.metrics, lambda: self.pipeline.revisions() if self.pipeline else {})
         gauge_draining(self.metrics, self.draining)
         # While the registry is listed.
         self._looked = group.create_task(self._look(), name="look")
-        pipeline.attach(self._take, self.draining)
+        self._forwarding = True
+        self.pipeline.attach(self._take, self.draining)
         tasks = [
             group.create_task(self._watch_config()),
             group.create_task(self._http.run()),
             group.create_task(self._serve_checks()),
             group.create_task(self._end_drains()),
         ]
-        if own:
-            tasks.append(group.create_task(self._follow(self._spec, pipeline, self.metrics)))
         try:
             await self._stop.wait()
         finally:
-            pipeline.detach(self._take)
+            self._forwarding = False
+            self.pipeline.detach(self._take)
+            self._end_own()
             for task in tasks:
                 task.cancel()
+
+    def _end_own(self) -> None:
+        """Follow no registry of its own."""
+        if self._own is not None:
+            self._own.cancel()
+            self._own = None
+
+    def move(self, pipeline: Pipeline) -> None:
+        """Be the kernel side of this pipeline from now on. The rules stay but for what is other
+        in its registry; what that has not goes as if it had been deleted."""
+        before, self.pipeline = self.pipeline, pipeline
+        if not self._forwarding or before is None or before is pipeline:
+            return
+        before.detach(self._take)
+        self._end_own()
+        self._elsewhere = True
+        pipeline.count_on(before.registry.revision)
+        pipeline.attach(self._take, self.draining)
 
     async def _end(self) -> None:
         """Let writes under way finish; the rules stay."""
@@ -286,12 +308,13 @@ class Agent:
             for policy, count in _without_local(side.synced).items()
         ]
 
-    def _gauge_age(self, pipeline: Pipeline) -> None:
+    def _gauge_age(self) -> None:
         self.metrics.gauge(
             "kdns_source_last_event_age_seconds",
             "Seconds since the registry's source was last heard of.", ("source",),
         ).read = lambda: [
-            ((str(self._spec.kind),), -1.0 if (age := pipeline.age()) is None else age)
+            ((str(self._spec.kind),),
+             -1.0 if self.pipeline is None or (age := self.pipeline.age()) is None else age)
         ]  # fmt: skip
 
     async def _watch_config(self) -> None:
@@ -323,6 +346,9 @@ class Agent:
             if not self._begin(node):
                 return {}
             changes, before = everything(snapshot), Snapshot()
+        elif self._elsewhere:
+            changes = all_between(before, snapshot)
+        self._elsewhere = False
         first = not before.synced
         services, slices = _count(before, snapshot, changes.services)
         found: dict[Family, Collection[Key]] = {}

@@ -15,7 +15,8 @@ import signal
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kdns.control import facts_of, serving_control
@@ -25,7 +26,7 @@ from kdns.dns.text import render_rr
 from kdns.errors import ConfigError, Problem
 from kdns.logs import START, start_lines
 from kdns.metrics import Metrics
-from kdns.pipeline import Pipeline, gauge_draining, gauge_revisions
+from kdns.pipeline import Pipeline, gauge_draining, gauge_revisions, gauge_waiting
 from kdns.plugins.plugin import (
     Drop,
     Every,
@@ -107,6 +108,9 @@ class App:
         self._gate_timeout = gate_timeout
         self._awaits_rules = awaits_rules
         self._shared: Pipeline | None = None  # with the agent
+        # What the agent shares once the site that is being opened serves.
+        self._sharing: Pipeline | None = None
+        self.moved: Callable[[Pipeline], None] = lambda pipeline: None  # told the agent's new one
         self.wired = asyncio.Event()
         self._guest = guest
         self.conf = conf
@@ -229,7 +233,8 @@ class App:
                 stamps.setdefault(item.path, files.stamp(item.path))
                 self._load(item)
         http = await self._open_http(site)
-        feeds = [(self._pipeline(w.source), w) for w in work if isinstance(w, Feed)]
+        sources = [w.source for w in work if isinstance(w, Feed)]
+        feeds = [(self._pipeline(w.source, sources), w) for w in work if isinstance(w, Feed)]
         if self._workers is not None and not self._guest:  # whose host asks in this process, too
             feeds = [(pipeline, Feed(w.source, w.glance)) for pipeline, w in feeds]
         opened = asyncio.Event()
@@ -253,6 +258,7 @@ class App:
                 await server.stop()
             for pipeline, feed in feeds:
                 pipeline.unsubscribe(feed.publish)
+            self._sharing = None
             self._end_unread_pipelines()
             raise
         old = [] if self.site is None else self.site.plugins()
@@ -349,6 +355,9 @@ class App:
         for pipeline, publish in self._feeds:
             pipeline.unsubscribe(publish)
         self._feeds = [(pipeline, feed.publish) for pipeline, feed in feeds]
+        if self._sharing is not None:
+            self._shared, self._sharing = self._sharing, None
+            self.moved(self._shared)
         self._end_unread_pipelines()
         routes = _routes(site)
         for address in [a for a in self._http if a not in {r.address for r in routes}]:
@@ -423,31 +432,36 @@ class App:
         """Return the processes that answer in this one's place."""
         return [] if self._workers is None else self._workers.pids()
 
-    def _pipeline(self, spec: Spec) -> Pipeline:
-        """Return the pipeline of a source, started at first use and kept over reloads."""
+    def _pipeline(self, spec: Spec, wanted: Collection[Spec]) -> Pipeline:
+        """Return the pipeline of a source, started at first use and kept over reloads.
+        wanted -- all sources of the site that is being opened"""
         found = self.pipelines.get(spec)
         if found is None:
             followed, gate = spec, None
-            joint = self._join(spec)
+            joint = self._join(spec, wanted)
             if joint is not None:
                 followed = joint
                 if self._gate_timeout:
-                    gate = Gate(self._gate_timeout, self.metrics, self._awaits_rules)
+                    awaits = self._awaits_rules and self.site is None
+                    gate = Gate(self._gate_timeout, self.metrics, awaits)
             pipeline = Pipeline(Store(followed.kinds), self._invalidate, gate=gate)
-            if joint is not None:
+            if joint is not None and self.site is None:
                 self._shared = pipeline
+            elif joint is not None:
+                self._sharing = pipeline
             assert self._group is not None
             task = self._group.create_task(self._follow(followed, pipeline, self.metrics))
             found = self.pipelines[spec] = (pipeline, task)
         return found[0]
 
-    def _join(self, spec: Spec) -> Spec | None:
+    def _join(self, spec: Spec, wanted: Collection[Spec]) -> Spec | None:
         """Return what to follow so that an agent may have it, too; None: it may not."""
         if self._forwarding is None:
             return None
         joint = joined(spec, self._forwarding)
-        if self._shared is not None:
-            joint = "forwarding has its registry by another 'kubernetes', or by one before a reload"
+        read = [self.pipelines[one][0] for one in wanted if one in self.pipelines]
+        if self._sharing is not None or self._shared in read:
+            joint = "forwarding has its registry by another 'kubernetes'"
         if isinstance(joint, str):
             log.warning("plugin/kubernetes: names do not wait for rules: %s", joint)
             return None
@@ -563,6 +577,7 @@ class App:
         gauge_revisions(metrics, self._revisions)
         if self._forwarding is not None:
             gauge_draining(metrics, lambda: self._shared.draining() if self._shared else [])
+            gauge_waiting(metrics, lambda: self._shared.gate if self._shared else None)
         metrics.gauge(
             "coredns_reload_version_info", "Always 1; the hash of the Corefile served.",
             ("hash", "value"),

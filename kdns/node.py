@@ -155,6 +155,7 @@ class Node:
             addresses, self.config.mode, self.app.metrics, self._look_for_loops_again
         )
         self.agent: Agent | None = None
+        self.app.moved = self._move
         self.kernel_problem = "it has not started yet"
         self._stop = asyncio.Event()
         self._listening = asyncio.Event()
@@ -347,6 +348,11 @@ class Node:
             drain=self.wishes.drain,
             longest_ttl=self.app.longest_ttl,
         )
+
+    def _move(self, pipeline: Pipeline) -> None:
+        """A reload has DNS read another registry, which is the agent's, too, from now on."""
+        if self.agent is not None:
+            self.agent.move(pipeline)
 
     def _registry(self) -> Pipeline | None:
         """Return the registry of the forwarding half, which is DNS's as well where it can be."""

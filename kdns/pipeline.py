@@ -152,6 +152,11 @@ class Pipeline:
             self.gate.attach(changed, self._clock())
             self._plan_expiry()
 
+    def count_on(self, revision: int) -> None:
+        """Have all revisions from now on be after this one, of another pipeline: then nobody
+        takes rules of that one's, which are being written yet, for rules of this one's."""
+        self.take_over(self.store.count_on(revision), Changes())
+
     def detach(self, kernel: Kernel) -> None:
         """That one has ended; nobody waits for it any more."""
         if self._kernel != kernel:
@@ -403,6 +408,13 @@ def gauge_revisions(metrics: Metrics, revisions: Callable[[], Mapping[str, int]]
     metrics.gauge(
         "kdns_revision", "The registry's revision that a stage has in full.", ("stage",)
     ).read = lambda: [((stage,), float(at)) for stage, at in revisions().items()]
+
+
+def gauge_waiting(metrics: Metrics, gate: Callable[[], Gate | None]) -> None:
+    """Have the number of Services that a gate holds back among the metrics."""
+    metrics.gauge(
+        "kdns_gate_waiting", "Services that DNS does not show yet as the registry has them."
+    ).read = lambda: [] if (one := gate()) is None else [((), float(one.waiting()))]
 
 
 def gauge_draining(metrics: Metrics, draining: Draining) -> None:

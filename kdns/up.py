@@ -278,6 +278,7 @@ class _Up:
             pipeline=self.cluster.app.registry_pipeline(), drain=self.wishes.drain,
             longest_ttl=self.cluster.app.longest_ttl,
         )  # fmt: skip
+        self.cluster.app.moved = self._agent.move
         self._agent_task = asyncio.create_task(self._agent.run(), name="kdns proxy")
         until = time.monotonic() + RULES_WAIT
         while not self._agent_task.done() and time.monotonic() < until:

@@ -534,7 +534,7 @@ def test_status_says_who_waits_since_when() -> None:
         "waiting": [{"service": "default/web", "revision": site.registry.revision,
                      "seconds": 0.25}],
     }  # fmt: skip
-    assert site.metrics.value("kdns_gate_waiting") == 1
+    assert site.gate.waiting() == 1
 
 
 def test_it_costs_what_changes_and_not_what_waits() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -91,6 +92,29 @@ def test_500_services_in_a_second_have_rules_before_names(node: Node) -> None:
         found = play(node, running, "burst", "--count", 500)
         assert "names are published without" not in running.log  # the gate did not open
     assert (found["count"], found["failed"]) == (500, 0), found["why"]
+
+
+def test_after_a_reload_that_reads_more_they_are_still(node: Node, tmp_path: Path) -> None:
+    corefile = tmp_path / "Corefile"
+    text = ".:0 {\n bind 127.0.0.1\n kubernetes cluster.local {\n pods %s\n }\n}\n"
+    corefile.write_text(text % "insecure")
+    with up(node, "iptables", f"--corefile={corefile}", "--gate-timeout=1m") as running:
+        corefile.write_text(text % "verified")
+        running.process.send_signal(signal.SIGUSR1)
+        until("the Corefile taken over", lambda: "Reloading complete" in running.log)
+        found = play(node, running, "create", "--count", 50, "--at-once", 10)
+        assert "names do not wait" not in running.log
+    assert (found["count"], found["failed"]) == (50, 0), found["why"]
+
+
+def test_rules_follow_the_registry_that_the_agent_has(node: Node) -> None:
+    done = node.finish(sys.executable, str(Path(__file__).with_name("agent_moves.py")))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "before": ["s1", "s2"],
+        "after": ["s2", "s3"],
+        "later": ["s3"],
+    }
 
 
 # --- what changes ---------------------------------------------------------------------------

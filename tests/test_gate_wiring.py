@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import socket
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -60,6 +61,12 @@ class Kernel:
 
     def write(self) -> None:
         self.pipeline.programmed(4, self.revision)
+
+    def move(self, pipeline: Pipeline) -> None:
+        self.pipeline.detach(self.take)
+        pipeline.count_on(self.pipeline.registry.revision)
+        self.pipeline = pipeline
+        pipeline.attach(self.take)
 
 
 class Running(RunningKdns):
@@ -312,6 +319,84 @@ async def test_a_reload_to_another_registry_leaves_the_agent_its_own(
         site.put("next", "10.96.0.52")  # goes on to be forwarded
         assert kernel.revision == site.pipeline.registry.revision
         assert await site.says("web") == "10.96.0.50"
+
+
+@in_loop
+async def test_a_reload_that_reads_more_takes_the_agent_along(tmp_path: Path) -> None:
+    """Names go on to wait, at the new registry, for rules of its own revisions."""
+    conf = tmp_path / "Corefile"
+    async with Running(conf=conf) as site:
+        kernel = Kernel(site.pipeline)
+        kernel.write()
+        site.app.moved = kernel.move
+        before = site.pipeline
+        for number in range(9):
+            site.put(f"more-{number}", f"10.96.1.{number}")
+        late = kernel.revision  # being written while the Corefile is reloaded
+        conf.write_text(site.text("pods verified"))
+        assert await site.app.reload()
+        assert site.followed == [
+            KubeSpec(want_pods=pods, node="node1", want_service_cidrs=True)
+            for pods in (False, True)
+        ]
+        assert site.pipeline is kernel.pipeline is not before
+        assert [one for one, _ in site.app.pipelines.values()] == [site.pipeline]
+        assert not before.attached and site.pipeline.attached
+        kernel.write()
+        site.put("next", "10.96.0.52")
+        kernel.pipeline.programmed(4, late)
+        assert await site.says("next") == "NXDOMAIN"
+        assert site.app.metrics.value("kdns_gate_waiting") == 1
+        kernel.write()
+        assert await site.says("next") == "10.96.0.52"
+
+
+@in_loop
+async def test_a_reload_that_fails_leaves_the_agent_where_it_is(tmp_path: Path) -> None:
+    conf = tmp_path / "Corefile"
+    async with Running(conf=conf) as site:
+        kernel = Kernel(site.pipeline)
+        kernel.write()
+        site.app.moved = kernel.move
+        before = site.pipeline
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            there = f"\nother.:{taken.getsockname()[1]} {{\n bind 127.0.0.1\n whoami\n}}\n"
+            conf.write_text(site.text("pods verified") + there)
+            assert not await site.app.reload()
+        assert site.pipeline is kernel.pipeline is before
+        assert len(site.app.pipelines) == 1
+        site.put("next", "10.96.0.52")
+        assert await site.says("next") == "NXDOMAIN"
+        assert site.app.metrics.value("kdns_gate_waiting") == 1
+        kernel.write()
+        assert await site.says("next") == "10.96.0.52"
+        conf.write_text(site.text("pods verified"))  # and can be taken along later
+        assert await site.app.reload()
+        assert site.pipeline is kernel.pipeline is not before
+
+
+@in_loop
+async def test_a_reload_back_to_what_an_agent_can_share(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    conf = tmp_path / "Corefile"
+    async with Running("labels app=web", conf=conf) as site:
+        assert site.app.registry_pipeline() is None
+        moves: list[Pipeline] = []
+        site.app.moved = moves.append
+        caplog.clear()
+        conf.write_text(site.text())
+        assert await site.app.reload()
+        assert moves == [site.pipeline]
+        assert await site.says("web") == "10.96.0.50"  # at once: nobody is waited for yet
+        assert "names do not wait" not in caplog.text
+        conf.write_text(site.text("labels app=web"))
+        assert await site.app.reload()
+        assert moves == [site.pipeline]  # it stays there, and names do not wait
+        assert "names do not wait for rules: 'labels' leaves out" in caplog.text
+        conf.write_text(site.text("pods verified"))
+        assert await site.app.reload()
+        assert moves[1:] == [site.pipeline] and len(site.app.pipelines) == 1
 
 
 # --- a cluster in the process ---------------------------------------------------------------------

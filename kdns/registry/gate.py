@@ -154,9 +154,6 @@ class Gate:
         self._ahead: dict[Key, dict[Family, int]] = {}  # shown, and not programmed
         self._open: set[Family] = set()
         metrics = metrics or Metrics()
-        metrics.gauge(
-            "kdns_gate_waiting", "Services that DNS does not show yet as the registry has them."
-        ).read = lambda: [((), float(len(self._hidden)))]
         self._opened = metrics.counter(
             "kdns_gate_opened_total",
             "Services shown by DNS though their rules were not in the kernel in time.",
@@ -391,6 +388,10 @@ class Gate:
         """Return what is to be said of a Service: "waiting", it is not shown as the registry has
         it until its rules are written; "open", it is, and its rules are not in the kernel."""
         return "waiting" if key in self._hidden else "open" if key in self._ahead else ""
+
+    def waiting(self) -> int:
+        """Return how many Services DNS does not show yet as the registry has them."""
+        return len(self._hidden)
 
     def held(self) -> frozenset[Key]:
         """Return those of whom state() has something to say."""

@@ -97,6 +97,21 @@ def everything(snapshot: Snapshot) -> Changes:
     )
 
 
+def all_between(before: Snapshot, after: Snapshot) -> Changes:
+    """Return the Changes from one registry to another one, of which it is not known what they
+    have in common."""
+    old, new = everything(before), everything(after)
+    return Changes(
+        services=old.services | new.services,
+        namespaces=old.namespaces | new.namespaces,
+        pods=old.pods | new.pods,
+        synced=new.synced,
+        imports=old.imports | new.imports,
+        nodes=old.nodes | new.nodes,
+        service_cidrs=old.service_cidrs | new.service_cidrs,
+    )
+
+
 def everything_in_parts(snapshot: Snapshot, size: int) -> Iterator[Changes]:
     """Yield everything() in parts of some `size` objects, sixteen endpoints for one: whoever
     compiles what they name of `snapshot`, or of a later one, has compiled all in the end."""

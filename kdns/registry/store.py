@@ -9,6 +9,7 @@ before it, so publishing costs what changed.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 from kdns.registry.endpoints import published
@@ -208,6 +209,11 @@ class Store:
     def mark_synced(self, kind: Kind) -> None:
         """Note that all objects of a kind have been listed once."""
         self._waiting.discard(kind)
+
+    def count_on(self, revision: int) -> Snapshot:
+        """Return what was published last as a revision after this one; those to come follow."""
+        self._last = replace(self._last, revision=max(self._last.revision, revision) + 1)
+        return self._last
 
     def publish(self, now: int) -> tuple[Snapshot, Changes] | None:
         """Return what stands now and what changed since the last call, None if nothing did.
