@@ -32,6 +32,7 @@ from kdns.plugins.plugin import (
     Every,
     Feed,
     HttpRoute,
+    Notify,
     Probe,
     WatchFile,
     WatchFolder,
@@ -47,6 +48,7 @@ from kdns.server.files import Stamp
 from kdns.server.http import HttpServer
 from kdns.server.listen import Listener, Place
 from kdns.server.loop import run_answering
+from kdns.server.notify import Notifier
 from kdns.server.tap import QueryTap
 from kdns.server.upstream import UpstreamPool
 from kdns.site import Site, build_site, corefile_text, places_of, read_corefile
@@ -63,6 +65,8 @@ RESOLV_CONF = "/etc/resolv.conf"
 # Seconds that /health and /metrics give names a start: until these are answered, or so long,
 # those who ask wait. Their library takes longer to load than all else.
 NAMES_FIRST = 1.0
+# Seconds by which a worker may look at a file later than its interval says.
+LATE = 1.0
 UNDER_WAY = 15.0  # seconds that a question waits for its upstreams, and some
 # How many deps the registry's changes touch before the garbage collector is made to look at what
 # is young. It counts what comes less what goes, so of objects that take others' places it sees
@@ -125,6 +129,7 @@ class App:
         self._http: dict[str, HttpServer] = {}
         self._upstreams: UpstreamPool | None = None
         self._workers: Workers | None = None  # who answer, if it is not this process
+        self._notifier: Notifier | None = None  # None in a worker, whose parent has one
         self._tasks: list[asyncio.Task[None]] = []
         # What old sites answered with and when it may go, the oldest first; who lets it go.
         self._leaving: deque[tuple[float, ClusterRecords]] = deque()
@@ -397,6 +402,7 @@ class App:
         plugin = site.workers()
         wanted = 1 if plugin is None else plugin.count or usable_cores()
         if self.site is None:
+            self._notifier = Notifier()
             if wanted > 1:
                 from kdns.server.workers import Workers
 
@@ -490,11 +496,15 @@ class App:
         for block in site.blocks:
             for item in [w for plugin in block.plugins for w in plugin.work()]:
                 if isinstance(item, (WatchFile, WatchFolder)):
-                    self._spawn(files.follow(item, self._forget_all, stamps.get(item.path)))
+                    reread = partial(self._reread, item.interval)
+                    self._spawn(files.follow(item, reread, stamps.get(item.path)))
                 elif isinstance(item, Every):
                     self._spawn(_every(item))
                 elif isinstance(item, Probe) and self._workers is None:
                     self._spawn(_probe(self.listeners[places_of(block)[0]], item))
+        if self._notifier is not None:
+            work = [w for plugin in site.plugins() for w in plugin.work()]
+            self._notifier.begin([w for w in work if isinstance(w, Notify)])
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         assert self._group is not None
@@ -529,8 +539,13 @@ class App:
                 self._note_turnover(part)
                 await asyncio.sleep(0)
 
-    def _forget_all(self) -> None:
+    def _reread(self, interval: float) -> None:
+        """A file that is looked at so often, in seconds, was read anew."""
         self._invalidate(None)
+        if self._notifier is not None:
+            # A secondary asks as soon as it hears of a new serial. Workers look at the file by
+            # themselves, and one that has not yet would tell it the old one.
+            self._notifier.look(0.0 if self._workers is None else interval + LATE)
 
     def _invalidate(self, deps: Sequence[Any] | None) -> None:
         for listener in self.listeners.values():
@@ -700,6 +715,8 @@ class App:
             # A reload under way opens and closes listeners too.
             self._follower.cancel()
             await asyncio.wait((self._follower,))
+        if self._notifier is not None:
+            self._notifier.close()
         if self._workers is not None:
             await self._workers.stop()
         for listener in self.listeners.values():

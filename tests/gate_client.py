@@ -147,6 +147,13 @@ class Pods:
 class Site:
     def __init__(self, api: Api, dns: Dns, pods: Pods) -> None:
         self.api, self.dns, self.pods = api, dns, pods
+        self.clients: set[asyncio.Task[None]] = set()  # under way
+
+    async def met(self) -> None:
+        """Wait until the clients that have begun by now are done: on a busy machine they take
+        as long as they like, and what they were told was true then."""
+        if self.clients:
+            await asyncio.wait(self.clients.copy())
 
     async def connects(self, address: str, seconds: float = CONNECT) -> str:
         """Return "" if an endpoint answers, or what happened instead."""
@@ -303,7 +310,7 @@ async def connecting(
     where -- returns the address; None: no name, which is no failure
     """
     tally: dict[str, Any] = {"connections": 0, "unnamed": 0, "failed": 0, "why": []}
-    clients: set[asyncio.Task[None]] = set()
+    clients = site.clients
 
     async def client() -> None:
         address = await where()
@@ -330,7 +337,7 @@ async def connecting(
         yield tally
     finally:
         arriving.cancel()
-        await asyncio.gather(*clients)
+        await site.met()
 
 
 def by_name(site: Site, name: str = "web") -> Callable[[], Awaitable[str | None]]:
@@ -342,8 +349,8 @@ def by_name(site: Site, name: str = "web") -> Callable[[], Awaitable[str | None]
 
 
 async def churn(site: Site, count: int, at_once: int) -> dict[str, Any]:
-    """Endpoints are replaced under load, and those that left are dead half a second later, for a
-    Service with a ClusterIP and for a headless one."""
+    """Endpoints are replaced under load, and those that left are dead for who comes half a second
+    later, for a Service with a ClusterIP and for a headless one."""
     alive = [1, 2, 3]
     group = "apis/discovery.k8s.io/v1"
     for name, more in (("web", {}), ("bare", {"clusterIP": "None"})):
@@ -360,6 +367,7 @@ async def churn(site: Site, count: int, at_once: int) -> dict[str, Any]:
                 change = {"endpoints": slice_of(name, alive)["endpoints"]}
                 await site.api.merge("endpointslices", f"{name}-1", change, group)
             await asyncio.sleep(0.5)
+            await site.met()
             site.pods.dead.add(f"10.244.9.{gone}")
     return {"cluster_ip": cluster_ip, "headless": headless, "endpoints": len(site.pods.served)}
 

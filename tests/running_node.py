@@ -30,7 +30,7 @@ from running_proxy import as_json, until
 from kdns.registry.objects import Object
 
 ROOT: Final = Path(__file__).parents[1]
-SETTLE: Final = 15.0  # seconds a change may take; the folder is looked at each second
+SETTLE: Final = 30.0  # seconds a change may take; the folder is looked at each second
 CIDRS: Final = f"--cluster-cidr={CLUSTER_CIDR[4]},{CLUSTER_CIDR[6]}"
 VIP: Final = {4: "10.96.0.10", 6: "fd00:10:96::a"}
 LOCAL: Final = {4: "169.254.20.10", 6: "fd00:169:254::a"}

@@ -43,7 +43,7 @@ from kdns.registry.objects import Object
 
 T = TypeVar("T")
 
-PATIENCE: Final = 10.0  # seconds that anything may take
+PATIENCE: Final = 30.0  # seconds that anything may take on a busy machine
 LOOK: Final = 0.02  # between two looks at a state that is waited for
 NODE_IP: Final = "192.168.77.1"
 POD_NET: Final = "10.244.0.0/16"

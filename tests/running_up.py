@@ -21,7 +21,7 @@ from kdns.server.client import NoAnswer, Server, ask, candidates, search_path
 
 T = TypeVar("T")
 
-PATIENCE: Final = 15.0  # seconds that anything may take
+PATIENCE: Final = 30.0  # seconds that anything may take on a busy machine
 LOOK: Final = 0.02  # between two looks at a state that is waited for
 PROJECT: Final = Path(__file__).resolve().parent.parent
 KUBECTL: Final = Path(sys.executable).parent / "kubectl"

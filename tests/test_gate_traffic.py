@@ -72,7 +72,7 @@ def play(node: Node, running: Up, scenario: str, *flags: object) -> Mapping[str,
 # --- what comes -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["iptables", "nftables"])
+@pytest.mark.parametrize("mode", ["iptables", "nftables", "userspace"])
 def test_200_services_are_reached_as_soon_as_they_have_a_name(node: Node, mode: str) -> None:
     with up(node, mode, "--gate-timeout=1m") as running:
         found = play(node, running, "create", "--count", 200, "--at-once", 20)
@@ -120,7 +120,7 @@ def test_rules_follow_the_registry_that_the_agent_has(node: Node) -> None:
 # --- what changes ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["iptables", "nftables"])
+@pytest.mark.parametrize("mode", ["iptables", "nftables", "userspace"])
 def test_endpoints_are_replaced_under_load(node: Node, mode: str) -> None:
     with up(node, mode, "--gate-timeout=1m") as running:
         found = play(node, running, "churn", "--count", 5, "--at-once", 100)
@@ -140,7 +140,7 @@ def test_a_service_becomes_headless_and_another_name_under_load(node: Node) -> N
 # --- what goes ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["iptables", "nftables"])
+@pytest.mark.parametrize("mode", ["iptables", "nftables", "userspace"])
 def test_a_service_is_deleted_while_clients_connect(node: Node, mode: str) -> None:
     with up(node, mode) as running:
         found = play(node, running, "leave", "--at-once", 200)

@@ -80,7 +80,7 @@ from kdns.registry.snapshot import everything
 
 ROOT = Path(__file__).parents[1]
 # Seconds a change may take; the folder is looked at each second.
-SETTLE = 120.0 if IN_MACHINE else 10.0
+SETTLE = 120.0 if IN_MACHINE else 30.0
 CIDRS = f"--cluster-cidr={CLUSTER_CIDR[4]},{CLUSTER_CIDR[6]}"
 NODE = {
     "kind": "Node",

@@ -234,8 +234,11 @@ SAID = [
     ("transfer {\nto [::1\n}", "'[::1' is not an address"),
     ("transfer {\nto 10.0.0.0/8\n}", "'10.0.0.0/8' is not an address"),
     ("transfer {\nfrom 192.0.2.1\nto *\n}", "unknown property 'from'"),
-    ("transfer {\nto *\nsource 192.0.2.1\n}", "warning: 'source' does nothing"),
-    ("transfer {\nto *\nsource here\n}", "'here' is not an address"),
+    ("transfer {\nto *\nsource 192.0.2.1\n}", "warning: 'source' does nothing: 'to' names nobody"),
+    ("transfer {\nto *\nsource here\n}", "'here' is not an address; write an IP address of this"),
+    ("transfer {\nto *\nsource 192.0.2.1:53\n}", "'192.0.2.1:53' is not an address"),
+    ("transfer {\nto *\nsource ::1 ::2\n}", "unexpected '::2' after 'source'"),
+    ("transfer {\nto ::1\nsource ::1\nsource ::2\n}", "one source for IPv6: ::1 (line 3), or this"),
     ("transfer a..b {\nto *\n}", "zone is not a valid domain name"),
 ]
 

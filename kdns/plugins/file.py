@@ -111,6 +111,10 @@ class ZonePlugin(Plugin):
         found = self.zones.get(zone)
         return None if found is None else (found.serial, found.records())
 
+    def serials(self) -> dict[bytes, int]:
+        """Return the SOA serial of each zone that there is."""
+        return {origin: zone.serial for origin, zone in self.zones.items() if zone is not None}
+
 
 def load_zone(
     content: bytes, origin: bytes, path: str, read: Read, old: Zone | None, log: logging.Logger,

@@ -170,7 +170,35 @@ class Feed:
     glance: Callable[[Snapshot, Changes, float], Sequence[Any] | None] = unread
 
 
-Work: TypeAlias = WatchFile | WatchFolder | HttpRoute | Every | Probe | Feed
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """A zone's SOA serial that a secondary is to hear of (NOTIFY, RFC 1996).
+
+    zone   -- origin, lower-case wire name
+    to     -- the secondary's address and port
+    source -- address to send from; empty: the one that the kernel takes
+    """
+
+    zone: bytes
+    serial: int
+    to: tuple[str, int]
+    source: str = ""
+
+
+@dataclass(slots=True)
+class Notify:
+    """Tell secondaries of new serials (server/notify.py).
+
+    due  -- returns what they are to be told now, each notice once; called at start, and when a
+            WatchFile or WatchFolder has said that answers may have changed
+    done -- called with a notice, and why it was not accepted; empty: it was
+    """
+
+    due: Callable[[], Sequence[Notice]]
+    done: Callable[[Notice, str], None]
+
+
+Work: TypeAlias = WatchFile | WatchFolder | HttpRoute | Every | Probe | Feed | Notify
 
 
 class Plugin:

@@ -1,23 +1,24 @@
 """`transfer`: hands whole zones of other plugins to secondaries (AXFR, RFC 5936; IXFR as the
-one SOA or a full transfer, RFC 1995 s4).
+one SOA or a full transfer, RFC 1995 s4), and has them told of new serials (NOTIFY, RFC 1996).
 
-Decides who may have which zone and how it is cut into messages. The records are the zone's
-plugin's (ZoneSource). NOTIFY is not sent: secondaries find a new serial by asking for the SOA.
+Decides who may have which zone, how it is cut into messages, and which secondary is to hear of
+which serial. The records are the zone's plugin's (ZoneSource); how a NOTIFY is sent, and how
+often, is server/notify.py's.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from kdns.corefile import Directive, Option, Token
 from kdns.dns import types as t
 from kdns.dns.message import RR, Query, Reply, failure
 from kdns.dns.name import ancestors, render_name
-from kdns.plugins.plugin import Outcome, Plugin
+from kdns.plugins.plugin import Notice, Notify, Outcome, Plugin, Work
 from kdns.plugins.setup import Setup
 
 # One message of a transfer: well below 64 kB and short enough to write between two queries.
@@ -37,12 +38,32 @@ class ZoneSource(Protocol):
         this lower-case origin; None if it is not the plugin's or not there yet."""
 
 
+@runtime_checkable
+class FileZones(Protocol):
+    """A plugin whose new serials secondaries are told of.
+
+    That is `file` and `auto`, as in CoreDNS. The serial of `kubernetes` moves with the cluster,
+    and a secondary that is told of each Pod would do nothing but transfer the zone.
+    """
+
+    def serials(self) -> Mapping[bytes, int]:
+        """Return the SOA serial of each zone that there is, by lower-case origin."""
+
+
+Place: TypeAlias = tuple[str, int]  # IP address, port
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One `transfer` directive. clients -- addresses as text; empty: everyone."""
+    """One `transfer` directive.
+
+    clients     -- who may have the zones, addresses as text; empty: everyone
+    secondaries -- who is told of new serials, and from which address (as in Notice)
+    """
 
     zones: tuple[bytes, ...]
     clients: frozenset[str]
+    secondaries: tuple[tuple[Place, str], ...] = ()
 
 
 class Transfer(Plugin):
@@ -52,9 +73,20 @@ class Transfer(Plugin):
         self._rules = {zone: rule for rule in rules for zone in rule.zones}
         self._log = log
         self._sources: list[ZoneSource] = []
+        self._of_files: list[FileZones] = []
+        self._told: dict[bytes, int] = {}  # serials, when it was last looked
 
     def link(self, chain: Sequence[Plugin]) -> None:
         self._sources = [plugin for plugin in chain if isinstance(plugin, ZoneSource)]
+        self._of_files = [plugin for plugin in chain if isinstance(plugin, FileZones)]
+
+    def work(self) -> Sequence[Work]:
+        if not any(rule.secondaries for rule in self._rules.values()):
+            return ()
+        return (Notify(self._due, self._done),)
+
+    def _rule_of(self, name: bytes) -> Rule | None:
+        return next((r for zone in ancestors(name) if (r := self._rules.get(zone))), None)
 
     def on_query(self, query: Query) -> Outcome:
         qtype = query.qtype
@@ -62,7 +94,7 @@ class Transfer(Plugin):
             return None
         if query.proto not in _STREAMED:
             return failure(t.REFUSED)
-        rule = next((r for zone in ancestors(query.key) if (r := self._rules.get(zone))), None)
+        rule = self._rule_of(query.key)
         if rule is None:
             return None
         if rule.clients and _plain(query.client[0]) not in rule.clients:
@@ -104,6 +136,28 @@ class Transfer(Plugin):
             render_name(query.key), query.client[0], sent, serial,
         )  # fmt: skip
 
+    def _due(self) -> list[Notice]:
+        """Return whom to tell of the serials that are not those of the last look."""
+        serials: dict[bytes, int] = {}
+        for plugin in reversed(self._of_files):
+            serials.update(plugin.serials())  # a zone is the first one's, as in on_query
+        before, self._told = self._told, serials
+        return [
+            Notice(zone, serial, to, source)
+            for zone, serial in serials.items()
+            if before.get(zone) != serial and (rule := self._rule_of(zone)) is not None
+            for to, source in rule.secondaries
+        ]
+
+    def _done(self, notice: Notice, why: str) -> None:
+        told = render_name(notice.zone), notice.serial, _render_place(notice.to)
+        if why:
+            self._log.warning(
+                "NOTIFY for zone %s with SOA serial %d was not accepted by %s: %s", *told, why
+            )
+        else:
+            self._log.debug("NOTIFY for zone %s with SOA serial %d was accepted by %s", *told)
+
 
 def _newer(serial: int, than: int) -> bool:
     """RFC 1982 s3.2."""
@@ -118,48 +172,75 @@ def _plain(client: str) -> str:
 
 def setup(directives: list[Directive], cx: Setup) -> list[Plugin]:
     """`transfer [ZONES...] { to ADDRESS|*...; source ADDRESS }`"""
-    rules: list[Rule] = []
-    for directive in directives:
-        clients: set[str] = set()
-        named = everyone = False
-        for option in directive.options or ():
-            match option.name:
-                case "to":
-                    named = True
-                    if cx.arg_count(option, 1):
-                        everyone |= any(token.text == "*" for token in option.args)
-                        clients |= _clients(option, cx)
-                case "source":
-                    if cx.arg_count(option, 1, 1):
-                        _read_source(option.args[0], cx)
-                case _:
-                    cx.unknown_option(option, _OPTIONS)
-        if not named:
-            cx.problems.error(directive.word, "'to ADDRESS...' is required; 'to *' is everyone")
-        rules.append(
-            Rule(cx.zones(directive.args), frozenset() if everyone else frozenset(clients))
-        )
-    return [Transfer(rules, cx.logger("transfer"))]
+    return [Transfer([_rule(directive, cx) for directive in directives], cx.logger("transfer"))]
 
 
-def _clients(option: Option, cx: Setup) -> set[str]:
-    found: set[str] = set()
+def _rule(directive: Directive, cx: Setup) -> Rule:
+    places: list[Place] = []
+    sources: dict[int, Token] = {}  # by IP version
+    named = everyone = False
+    for option in directive.options or ():
+        match option.name:
+            case "to":
+                named = True
+                if cx.arg_count(option, 1):
+                    everyone |= any(token.text == "*" for token in option.args)
+                    places += _read_to(option, cx)
+            case "source":
+                if cx.arg_count(option, 1, 1):
+                    _read_source(option.args[0], sources, cx)
+            case _:
+                cx.unknown_option(option, _OPTIONS)
+    if not named:
+        cx.problems.error(directive.word, "'to ADDRESS...' is required; 'to *' is everyone")
+    for token in sources.values() if everyone and not places else ():
+        cx.problems.warn(token, "'source' does nothing: 'to' names nobody whom NOTIFY is sent to")
+    return Rule(
+        cx.zones(directive.args),
+        frozenset(() if everyone else (address for address, _ in places)),
+        tuple((to, _source_for(to, sources)) for to in dict.fromkeys(places)),
+    )
+
+
+def _read_to(option: Option, cx: Setup) -> Iterator[Place]:
     for token in option.args:
         if token.text == "*":
             continue
-        address = _address(token.text)
-        if address is None:
+        place = _parse_place(token.text)
+        if place is None:
             cx.problems.error(
                 token,
                 f"'{token}' is not an address; write an IP address, ADDRESS:PORT or * for everyone",
             )
         else:
-            found.add(address)
-    return found
+            yield place
 
 
-def _address(text: str) -> str | None:
-    """Return the address of ADDRESS, IPV4:PORT or [IPV6]:PORT; None if it is none of them."""
+def _read_source(token: Token, sources: dict[int, Token], cx: Setup) -> None:
+    try:
+        address = ip_address(token.text)
+    except ValueError:
+        cx.problems.error(
+            token, f"'{token}' is not an address; write an IP address of this host, with no port"
+        )
+        return
+    other = sources.setdefault(address.version, token)
+    if other is not token:
+        cx.problems.error(
+            token,
+            f"there is one source for IPv{address.version}: {other} (line {other.line}), or this",
+        )
+
+
+def _source_for(to: Place, sources: Mapping[int, Token]) -> str:
+    """Return the source of a secondary's IP version; empty: there is none."""
+    found = sources.get(ip_address(to[0]).version)
+    return "" if found is None else found.text
+
+
+def _parse_place(text: str) -> Place | None:
+    """Return address and port of ADDRESS, IPV4:PORT or [IPV6]:PORT; None if it is none of
+    them."""
     host, port = text, "53"
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
@@ -171,13 +252,11 @@ def _address(text: str) -> str | None:
     if not (port.isascii() and port.isdecimal() and len(port) < 6 and int(port) < 65536):
         return None
     try:
-        return str(ip_address(host))
+        return str(ip_address(host)), int(port)
     except ValueError:
         return None
 
 
-def _read_source(token: Token, cx: Setup) -> None:
-    if _address(token.text) is None:
-        cx.problems.error(token, f"'{token}' is not an address")
-    else:
-        cx.problems.warn(token, "'source' does nothing: kdns sends no NOTIFY; remove it")
+def _render_place(place: Place) -> str:
+    host, port = place
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
