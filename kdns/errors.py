@@ -46,10 +46,15 @@ class ConfigError(KdnsError):
 
 
 class WireError(KdnsError):
-    """A peer's malformed message. rcode is what to answer; None means drop it."""
+    """A peer's malformed message.
 
-    def __init__(self, rcode: int | None, text: str) -> None:
+    rcode    -- what to answer; None: nothing
+    question -- the question section to send back, where it could be read
+    """
+
+    def __init__(self, rcode: int | None, text: str, question: bytes = b"") -> None:
         self.rcode = rcode
+        self.question = question
         super().__init__(text)
 
 

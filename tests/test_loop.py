@@ -233,6 +233,55 @@ def test_a_socket_that_is_given_back_is_read_no_more(asker: Any) -> None:
     run_answering(main())
 
 
+@pytest.mark.parametrize("whose", ["ours", "asyncio's"])
+def test_a_read_may_close_a_neighbour_and_another_open_one_of_its_number(
+    asker: Any, whose: str
+) -> None:
+    """So it is where an upstream refuses: each question under way there fails, and is asked from
+    a new socket. What came for the old one is not the new one's."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        told: list[str] = []
+        socks = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(3)]
+        number = socks[1].fileno()
+
+        def close() -> bool:
+            socks[0].recv(100)
+            stop_reading(loop, number)
+            socks[1].close()
+            told.append("closed")
+            return False
+
+        def open_another() -> bool:
+            socks[2].recv(100)
+            assert told == ["closed"]
+            socks[1] = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            assert socks[1].fileno() == number
+            if whose == "ours":
+                read_while_waiting(loop, number, lambda: True)
+            else:
+                loop.add_reader(number, told.append, "what came for another")
+            return False
+
+        for sock, call in zip(socks, (close, lambda: True, open_another), strict=True):
+            sock.bind(("127.0.0.1", 0))
+            sock.setblocking(False)
+            read_while_waiting(loop, sock.fileno(), call)
+        for sock in socks:
+            asker.sendto(b"x", sock.getsockname())  # all come in one look
+        with Echo() as echo:
+            asker.sendto(b"still there", echo.sock.getsockname())
+            await until(lambda: echo.read == 1)
+        assert told == ["closed"]
+        for sock in socks:
+            stop_reading(loop, sock.fileno())
+            loop.remove_reader(sock.fileno())
+            sock.close()
+
+    run_answering(main())
+
+
 def test_in_a_loop_of_somebody_elses_sockets_are_read_all_the_same(asker: Any) -> None:
     async def main() -> None:
         with Echo() as echo:

@@ -96,9 +96,6 @@ async def test_sixty_addresses_are_cut_where_coredns_cuts_them(corefile: str) ->
         (struct.pack("!6H", 7, RD, 1, 0, 0, 0) + b"\xc0\x0c\0\1\0\1", 1),
         # other opcodes: NOTIMP
         (struct.pack("!6H", 7, 0x2800, 1, 0, 0, 0) + WEB + b"\0\1\0\1", 4),
-        # an OPT whose options run past its end
-        (struct.pack("!6H", 7, RD, 1, 0, 0, 1) + WEB + b"\0\1\0\1"
-         + b"\0\0\x29\4\xd0\0\0\0\0\0\4\0\3\0\x63", 1),
     ],
 )  # fmt: skip
 async def test_a_malformed_query_gets_a_bare_header(
@@ -109,6 +106,66 @@ async def test_a_malformed_query_gets_a_bare_header(
         assert len(reply) == 12
         assert reply[:2] == wire[:2]
         assert reply[3] & 15 == answer
+
+
+ASKED = struct.pack("!6H", 7, RD, 1, 0, 0, 1) + WEB + b"\0\1\0\1"
+
+
+def opt(*options: tuple[int, bytes], size: int = 1232) -> bytes:
+    rdata = b"".join(struct.pack("!HH", code, len(data)) + data for code, data in options)
+    return b"\0" + struct.pack("!HHIH", 41, size, 0, len(rdata)) + rdata
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        # an OPT whose options run past its end, and one that is cut short itself
+        b"\0\0\x29\4\xd0\0\0\0\0\0\4\0\3\0\x63",
+        opt()[:-1],
+        # LLQ, UL, EXPIRE, TCP-KEEPALIVE and an extended error that are too short
+        *(opt((code, b"a")) for code in (1, 2, 9, 11, 15)),
+        # a client subnet: too short, of no family, with more bits than there are
+        *(opt((8, data)) for data in (b"\0\1", b"\0\3\0\0", b"\0\1\x21\0abcde")),
+    ],
+)
+async def test_what_is_wrong_behind_the_question_gets_header_and_question(
+    corefile: str, records: bytes
+) -> None:
+    """As CoreDNS 1.13.1 answers."""
+    async with RunningKdns(corefile) as kdns:
+        reply = await kdns.exchange(ASKED + records)
+        assert reply == struct.pack("!6H", 7, 0x8101, 1, 0, 0, 0) + ASKED[12:]
+
+
+@pytest.mark.parametrize(
+    ("count", "records", "size"),
+    [
+        (1, b"", None),
+        (2, opt(), 1232),
+        (2, opt() + opt(size=1400), 1400),  # the last one
+        (1, opt((8, b"\0\0\0\0"), (9, b""), (11, b""), (15, b"\0\0"), (2, b"1234")), 1232),
+    ],
+)
+async def test_fewer_records_than_told_and_more_than_one_opt_are_answered(
+    corefile: str, count: int, records: bytes, size: int | None
+) -> None:
+    """As CoreDNS 1.13.1 does."""
+    async with RunningKdns(corefile) as kdns:
+        wire = bytearray(ASKED + records)
+        wire[11] = count
+        reply = parse_message(await kdns.exchange(bytes(wire)))
+        assert reply.rcode == t.NOERROR and reply.answer
+        assert (reply.edns and reply.edns.size) == size
+
+
+async def test_nothing_of_an_edns_that_is_not_known_comes_back(corefile: str) -> None:
+    edns = Edns(1400, True, 3, [(10, b"12345678")])
+    async with RunningKdns(corefile) as kdns:
+        wire = await kdns.exchange(render_query(7, WEB, t.A, edns=edns))
+        badvers = b"\0" + struct.pack("!HHIH", 41, 0, 1 << 24, 0)
+        assert wire == struct.pack("!6H", 7, 0x8100, 1, 0, 0, 1) + ASKED[12:] + badvers
+        reply = parse_message(await kdns.exchange(render_query(7, WEB, t.A, 3, edns=edns)))
+        assert reply.rcode == t.REFUSED  # the class first
 
 
 async def test_what_is_no_query_gets_nothing_and_harms_nothing(corefile: str) -> None:

@@ -416,7 +416,7 @@ def parse_query(wire: bytes, client: tuple[str, int], proto: str, received: floa
     """Return the query in `wire`.
 
     Raises WireError: rcode None where nothing may be answered, else the rcode to answer
-    with the bare header (see render_header_error). Reference 1.15, as CoreDNS.
+    (see render_refusal). Reference 1.15, as CoreDNS.
     """
     size = len(wire)
     if size < 12:
@@ -456,11 +456,16 @@ def parse_query(wire: bytes, client: tuple[str, int], proto: str, received: floa
     q.size = size
     q.meta = None
     q.depth = 0
-    q.serial = _ixfr_serial(wire, i + 4) if qtype == t.IXFR and ns and not an else None
     if an or ns or ar:
-        q.edns = edns = _find_opt(wire, i + 4, an + ns, ar)
+        try:
+            q.serial = _ixfr_serial(wire, i + 4) if qtype == t.IXFR and ns and not an else None
+            q.edns = edns = _find_opt(wire, i + 4, an + ns, ar)
+        except WireError as e:
+            e.question = wire[12 : i + 4]
+            raise
         q.limit = _limit(proto, edns)
     else:
+        q.serial = None
         q.edns = None
         q.limit = MIN_UDP if proto == "udp" else MAX_TCP
     return q
@@ -479,7 +484,8 @@ def _ixfr_serial(wire: bytes, at: int) -> int | None:
 
 
 def _find_opt(wire: bytes, at: int, before: int, additional: int) -> Edns | None:
-    """Walk at most four records; return the OPT among the additional ones."""
+    """Walk at most four records; return the last OPT among the additional ones. Fewer records
+    than the header tells of are no fault, a record that is cut is one (as miekg/dns)."""
     if not before and additional == 1 and wire[at : at + 3] == _ROOT_OPT:
         # What nearly every query with EDNS has, and no more than this.
         if at + 11 > len(wire):
@@ -490,6 +496,8 @@ def _find_opt(wire: bytes, at: int, before: int, additional: int) -> Edns | None
         return _parse_opt(wire[at + 11 : at + 11 + rdlength], size, ttl)
     found: Edns | None = None
     for n in range(before + additional):
+        if at == len(wire):
+            break
         root = at < len(wire) and wire[at] == 0
         at = _skip_name(wire, at)
         if at + 10 > len(wire):
@@ -498,7 +506,7 @@ def _find_opt(wire: bytes, at: int, before: int, additional: int) -> Edns | None
         at += 10
         if at + rdlength > len(wire):
             raise WireError(t.FORMERR, "rdata cut short")
-        if rtype == t.OPT and n >= before and root and found is None:
+        if rtype == t.OPT and n >= before and root:
             found = _parse_opt(wire[at : at + rdlength], cls, ttl)
         at += rdlength
     return found
@@ -516,9 +524,34 @@ def _parse_opt(rdata: bytes, cls: int, ttl: int) -> Edns:
         i += 4
         if i + size > len(rdata):
             raise WireError(t.FORMERR, "EDNS option cut short")
-        options.append((code, rdata[i : i + size]))
+        option = rdata[i : i + size]
+        well_formed = _OPTIONS.get(code)
+        if well_formed is not None and not well_formed(option):
+            raise WireError(t.FORMERR, "bad EDNS option")
+        options.append((code, option))
         i += size
     return Edns(cls, bool(ttl & 0x8000), (ttl >> 16) & 0xFF, options)
+
+
+def _is_subnet(option: bytes) -> bool:
+    """Client subnet, RFC 7871 s6: family, source and scope prefix, address."""
+    if len(option) < 4:
+        return False
+    most = {b"\0\1": 32, b"\0\2": 128}.get(option[:2])
+    # Without a family it asks for no subnet to be told (`dig +subnet=0`).
+    return option[:3] == b"\0\0\0" if most is None else max(option[2:4]) <= most
+
+
+# EDNS options that are looked into, as miekg/dns does: LLQ, UL, client subnet, EXPIRE,
+# TCP-KEEPALIVE, extended error. All others are octets.
+_OPTIONS: dict[int, Callable[[bytes], bool]] = {
+    1: lambda option: len(option) >= 18,
+    2: lambda option: len(option) in (4, 8),
+    8: _is_subnet,
+    9: lambda option: not option or len(option) >= 4,
+    11: lambda option: len(option) in (0, 2),
+    OPTION: lambda option: len(option) >= 2,
+}
 
 
 def _skip_name(wire: bytes, at: int) -> int:
@@ -535,11 +568,13 @@ def _skip_name(wire: bytes, at: int) -> int:
     return at + 1
 
 
-def render_header_error(wire: bytes, rcode: int) -> bytes:
-    """Return the 12-octet answer to a query that could not be read."""
+def render_refusal(wire: bytes, error: WireError) -> bytes:
+    """Return the answer to a query that could not be read, for which an error has an rcode: its
+    header, and its question if that could be."""
+    rcode, question = error.rcode or t.FORMERR, error.question
     qid, flags = HEADER.unpack_from(wire)[:2]
     keep = flags & (OPCODE | RD | CD | AD) if rcode == t.NOTIMP else flags & (RD | CD | AD)
-    return HEADER.pack(qid, QR | keep | rcode, 0, 0, 0, 0)
+    return HEADER.pack(qid, QR | keep | rcode, 1 if question else 0, 0, 0, 0) + question
 
 
 # --- replies out --------------------------------------------------------------------------
@@ -626,6 +661,9 @@ def _fragments(query: Query, size: int) -> bool:
 def _render_opt(asked: Edns, reply: Reply, ede: Ede | None) -> bytes:
     """Return the OPT record to send to who sent `asked`."""
     rcode = reply.rcode
+    if rcode == t.BADVERS:
+        # Whatever a version says that is not known here is not sent back.
+        return b"\x00" + _FIXED.pack(t.OPT, 0, rcode >> 4 << 24, 0)
     if reply.edns is not None:
         options: Sequence[tuple[int, bytes]] = reply.edns.options
     elif asked.options:
@@ -640,8 +678,7 @@ def _render_opt(asked: Edns, reply: Reply, ede: Ede | None) -> bytes:
     for code, data in options:
         rdata += _QTAIL.pack(code, len(data)) + data
     ttl = ((rcode >> 4) << 24) | (0x8000 if asked.do else 0)
-    size = 0 if rcode == t.BADVERS else asked.size
-    return b"\x00" + _FIXED.pack(t.OPT, size, ttl, len(rdata)) + rdata
+    return b"\x00" + _FIXED.pack(t.OPT, asked.size, ttl, len(rdata)) + rdata
 
 
 def _render_compressed(

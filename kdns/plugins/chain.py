@@ -285,10 +285,10 @@ class Router:
     def resolve(self, query: Query) -> Result:
         """Answer `query`, or say what to ask an upstream first."""
         edns = query.edns
-        if edns is not None and edns.version:
-            return failure(t.BADVERS)  # RFC 6891 s6.1.3; CoreDNS does not count it
         if query.qclass != t.IN and not self.any_class:
             return self._refuse(query, OTHER_CLASS)
+        if edns is not None and edns.version:
+            return failure(t.BADVERS)  # RFC 6891 s6.1.3; CoreDNS does not count it
         chain = self._only or self.route(query)
         if chain is None or chain.idle:
             return self._refuse(query, self._no_block)

@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from kdns.dns import types as t
-from kdns.dns.message import Query, Reply, parse_query, render_header_error, render_reply
+from kdns.dns.message import Query, Reply, parse_query, render_refusal, render_reply
 from kdns.errors import WireError
 from kdns.metrics import Metrics
 from kdns.plugins.plugin import Drop, HttpRoute
@@ -214,7 +214,7 @@ class DohServer(_Server):
         except WireError as e:
             if e.rcode is None:
                 return web.Response(status=400, text=f"{e}\n")
-            return web.Response(body=render_header_error(wire, e.rcode), content_type=DNS_MESSAGE)
+            return web.Response(body=render_refusal(wire, e), content_type=DNS_MESSAGE)
         future: asyncio.Future[Reply | Drop] = asyncio.get_running_loop().create_future()
 
         def done(reply: Reply | Drop) -> None:

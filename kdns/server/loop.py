@@ -66,13 +66,13 @@ class AnsweringSelector(selectors.EpollSelector):
                 came = self._own.poll(wait, AT_ONCE)
             except InterruptedError:
                 return []
-            others: list[tuple[int, int]] = []
+            # What a descriptor is when it comes counts: a read may close a neighbour's, and open
+            # another one of the same number.
+            others = [one for one in came if one[0] not in self._reads]
             done = True
-            for fd, events in came:
+            for fd, _ in came if len(others) < len(came) else ():
                 call = self._reads.get(fd)
-                if call is None:
-                    others.append((fd, events))
-                elif reading:
+                if call is not None and reading:
                     try:
                         if not call():
                             done = False
@@ -93,7 +93,8 @@ class AnsweringSelector(selectors.EpollSelector):
         ready = []
         for fd, events in came:
             key = keys.get(fd)
-            if key is not None:  # else a read has ended it
+            # Else a read has ended it, and perhaps begun another of the same number to be read.
+            if key is not None and key.data is not None:
                 # An error or an end makes both ways ready, as in selectors.EpollSelector.
                 read = selectors.EVENT_READ if events & ~_OUT else 0
                 write = selectors.EVENT_WRITE if events & ~_IN else 0

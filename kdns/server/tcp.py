@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from kdns.dns.message import RR, Query, Reply, parse_query, render_header_error, render_reply
+from kdns.dns.message import RR, Query, Reply, parse_query, render_refusal, render_reply
 from kdns.errors import WireError
 from kdns.metrics import Cell
 from kdns.plugins.plugin import Drop
@@ -216,7 +216,7 @@ class Connection(asyncio.BufferedProtocol):
             if e.rcode is None:
                 self.abort()
             else:
-                self._write(render_header_error(wire, e.rcode))
+                self._write(render_refusal(wire, e))
             return
         self._pending += 1
 

@@ -12,7 +12,7 @@ import socket
 import time
 from typing import Any
 
-from kdns.dns.message import Query, Reply, parse_query, render_header_error, render_reply
+from kdns.dns.message import Query, Reply, parse_query, render_refusal, render_reply
 from kdns.errors import WireError
 from kdns.plugins.plugin import Drop
 from kdns.server.datagrams import QUERY_AT, REST_AT, REST_OF, SLOTS, room_for, want_source
@@ -172,7 +172,7 @@ class UdpListener:
             query = parse_query(datagram, peer[:2], "udp", now)
         except WireError as e:
             if e.rcode is not None:
-                self._fill(render_header_error(datagram, e.rcode))
+                self._fill(render_refusal(datagram, e))
             return
 
         def done(reply: Reply | Drop) -> None:
