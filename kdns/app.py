@@ -636,7 +636,7 @@ class App:
         return None
 
     def reload_soon(self) -> None:
-        """For SIGUSR1 and SIGHUP."""
+        """For SIGUSR1 and SIGHUP; during a start, when that is over."""
         self._wanted.set()
 
     async def reload(self, forced: bool = False) -> bool:
@@ -891,14 +891,14 @@ def serve(
         app = App(conf, text=text, dns_port=dns_port)
         loop = asyncio.get_running_loop()
 
-        def started() -> None:
-            loop.add_signal_handler(signal.SIGUSR1, app.reload_soon)
-            loop.add_signal_handler(signal.SIGHUP, app.reload_soon)
-
+        # From the first on: what a signal does that nobody has asked for is to end the process,
+        # and a start waits for an API server that is away.
+        for number in (signal.SIGUSR1, signal.SIGHUP):
+            loop.add_signal_handler(number, app.reload_soon)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, app.stop)
         async with serving_control(control, lambda: facts_of("serve", app.any_pipeline, app=app)):
-            await app.run(started)
+            await app.run()
 
     try:
         run_answering(main())

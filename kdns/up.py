@@ -142,6 +142,7 @@ class _Up:
 
     async def run(self, followed: Followed, first: Look) -> None:
         loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGUSR1, self._reload)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._stop.set)
         wishes = self.wishes
@@ -165,14 +166,15 @@ class _Up:
         if self._why is not None:
             raise self._why
 
+    def _reload(self) -> None:
+        if self.cluster.app is not None:
+            self.cluster.app.reload_soon()
+
     async def _bring_up(self, followed: Followed, first: Look) -> None:
         wishes = self.wishes
         await self.cluster.start()
         self._control = ControlServer(self.cluster.control, self._facts())
         await self._control.start()
-        if self.cluster.app is not None:
-            loop = asyncio.get_running_loop()
-            loop.add_signal_handler(signal.SIGUSR1, self.cluster.app.reload_soon)
         if wishes.manifests:
             problems = await followed.take(self.cluster, first)
             if problems:

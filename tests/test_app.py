@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -223,3 +225,39 @@ async def test_a_second_signal_does_not_wait(program: subprocess.Popen[str]) -> 
     program.send_signal(signal.SIGINT)
     program.send_signal(signal.SIGTERM)
     assert await asyncio.to_thread(program.wait, 10) == 0
+
+
+@pytest.mark.parametrize("command", ["serve", "up"])
+async def test_a_signal_to_reload_does_not_end_a_start(tmp_path: Path, command: str) -> None:
+    """A start waits for an API server that is away, so it may take seconds."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        conf = tmp_path / "Corefile"
+        api = f"endpoint http://127.0.0.1:{silent.getsockname()[1]}"
+        conf.write_text(f".:0 {{\n bind 127.0.0.1\n kubernetes cluster.local {{\n {api}\n }}\n}}\n")
+        words = {
+            "serve": ["serve", "-conf", str(conf)],
+            "up": ["up", "--api-port=0", "--dns-port=0", f"--data-dir={tmp_path}"],
+        }
+        process = subprocess.Popen([sys.executable, "-m", "kdns", *words[command]])
+        try:
+            until_caught(process, signal.SIGTERM)
+            process.send_signal(signal.SIGUSR1)
+            if command == "serve":  # where it ends `kdns up`
+                process.send_signal(signal.SIGHUP)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)
+        finally:
+            process.terminate()
+        assert process.wait(30) == 0
+
+
+def until_caught(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Wait until a process does something of its own at a signal."""
+    end = time.monotonic() + 30
+    status = Path(f"/proc/{process.pid}/status")
+    while time.monotonic() < end:
+        (caught,) = re.findall(r"^SigCgt:\t(\w+)$", status.read_text(), re.MULTILINE)
+        if int(caught, 16) >> (number - 1) & 1:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"it does not care for {number.name}")

@@ -8,6 +8,7 @@ import random
 import socket
 import ssl
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -637,16 +638,64 @@ async def test_silent_upstreams_are_tried_in_turn(
     assert [len(server.asked), len(other.asked)] == asked
 
 
-async def test_attempts_without_limit_end_with_the_time(
-    pool: Pool, closed_port: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("max_attempts", [0, 5000])
+async def test_many_attempts_end_with_the_time(
+    pool: Pool, closed_port: int, monkeypatch: pytest.MonkeyPatch, max_attempts: int
 ) -> None:
     monkeypatch.setattr(upstream, "TOTAL", 0.3)
     monkeypatch.setattr(upstream, "ROUND_PAUSE", 0.02)
-    reply = await pool.ask(to(closed_port, max_attempts=0))
+    reply = await pool.ask(to(closed_port, max_attempts=max_attempts))
     assert reply.rcode == t.SERVFAIL
     label = ("forward", f"127.0.0.1:{closed_port}", "udp")
     tries = pool.metrics.value("coredns_proxy_conn_cache_misses_total", *label)
     assert 2 <= tries <= 20, "it must neither give up at once nor spin"
+
+
+async def test_a_silent_connection_that_many_share_ends_for_all_with_the_time(
+    pool: Pool, server: UpstreamServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that waited for too long closes it, and the others ask again: not for ever."""
+    monkeypatch.setattr(upstream, "TOTAL", 0.3)
+    monkeypatch.setattr(upstream, "MAX_STREAMS", 1)
+    server.behaviour = silence
+    rules = to(server, force_tcp=True, read_timeout=0.1, max_attempts=0)
+    asking = []
+    for number in range(20):
+        asking.append(pool.begin(rules, question(f"name-{number}.")))
+        await asyncio.sleep(0.01)
+    replies = await asyncio.wait_for(asyncio.gather(*asking), 4 * LONG)
+    assert {reply.rcode for reply in replies} == {t.SERVFAIL}
+    times = Counter(asked.name for asked in server.asked)
+    # Begun within 0.3 s, and 0.1 s may pass from one to the next.
+    assert max(times.values()) <= 5
+
+
+async def test_who_asks_again_does_not_put_off_the_others_time() -> None:
+    loop = asyncio.get_running_loop()
+    deadlines = links.Deadlines(loop, 0.2)
+    order: list[str] = []
+    done = asyncio.Event()
+
+    class Waiting(links.Errand):
+        name = ""
+
+    class Link:
+        def expire(self, errand: Waiting) -> None:
+            order.append(errand.name)
+            if errand.name == "again":
+                done.set()
+            elif errand.name == "first":
+                errand.name = "again"
+                deadlines.add(errand, begin + 0.2)
+
+    begin = loop.time()
+    for name, at in (("first", 0.0), ("second", 0.1)):
+        errand = Waiting()
+        errand.name, errand.link = name, Link()  # type: ignore[assignment]
+        deadlines.add(errand, begin + at)
+    loop.call_at(begin + 0.35, order.append, "0.35 s")
+    await asyncio.wait_for(done.wait(), LONG)
+    assert order == ["first", "second", "0.35 s", "again"]
 
 
 @pytest.mark.parametrize(

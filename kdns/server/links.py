@@ -83,15 +83,18 @@ class Deadlines:
 
     def _expire(self) -> None:
         now = self._loop.time()
-        self._timer = None
-        while self._errands:
-            errand = next(iter(self._errands))
-            if errand.due > now:
-                if self._timer is None:
-                    self._timer = self._loop.call_at(errand.due, self._expire)
-                return
-            del self._errands[errand]
-            errand.link.expire(errand)
+        # Whoever asks again at once, and is added, is not the next to be due: until it is known
+        # who is, the timer that is just over stands for one.
+        try:
+            while self._errands:
+                errand = next(iter(self._errands))
+                if errand.due > now:
+                    break
+                del self._errands[errand]
+                errand.link.expire(errand)
+        finally:
+            due = next((errand.due for errand in self._errands), None)
+            self._timer = None if due is None else self._loop.call_at(due, self._expire)
 
 
 class Peer:

@@ -50,7 +50,9 @@ UDP_SOCKETS = 8
 MAX_STREAMS = 64
 # How often one question may meet a connection that the upstream has just closed.
 MAX_RECONNECTS = 8
-# Pause before the upstreams are gone through once more when attempts are not limited.
+# As often the upstreams are gone through without a pause (CoreDNS: 2 tries each), and the pause
+# from then on, where there may be more tries.
+FAST_ROUNDS = 2
 ROUND_PAUSE = 0.05
 SWEEP = 5.0  # seconds between looks at idle connections
 # A set of upstreams nobody asks (its Corefile is gone, perhaps) is closed after this.
@@ -608,13 +610,16 @@ class Flight(Errand):
         return self._downs < len(self._order)
 
     def _must_pause(self) -> bool:
-        return not self._group.attempts and self._next >= len(self._order)
+        """True after a round, once there were more than most questions may have: upstreams that
+        refuse at once would be asked as fast as they do."""
+        upstreams = len(self._order)
+        return self._next >= upstreams and self._attempts >= FAST_ROUNDS * upstreams
 
     # --- what came of it ------------------------------------------------------------------
 
     def failed(self, error: str, closed: bool) -> None:
         self._failures[self._server.label] = error
-        if closed and self._reconnects < MAX_RECONNECTS:
+        if closed and self._reconnects < MAX_RECONNECTS and monotonic() < self._deadline:
             self._reconnects += 1
             error = self._ask_again()
             if not error:
