@@ -4,8 +4,10 @@ question asked, from the address that was asked."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -17,6 +19,7 @@ from kdns.dns.message import Query, Reply, parse_message, render_query
 from kdns.dns.name import ROOT, parse_name
 from kdns.plugins.chain import Chain, Router
 from kdns.plugins.plugin import DROP, Outcome, Plugin
+from kdns.server import udp
 from kdns.server.datagrams import QUERY_AT, SLOTS, Datagrams, room_for
 from kdns.server.exchange import Exchange
 from kdns.server.packetcache import PacketCache
@@ -27,7 +30,7 @@ FAMILIES = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
 
 class Numbers(Plugin):
     """NUMBER.: an A record 10.0.x.y of that number; big.: an answer larger than a query may be;
-    drop.: nothing."""
+    drop.: nothing; dear.: REFUSED, after 2 ms of work."""
 
     word = "numbers"
 
@@ -35,6 +38,9 @@ class Numbers(Plugin):
         label = query.key[1 : 1 + query.key[0]].decode()
         if label == "drop":
             return DROP
+        if label == "dear":
+            time.sleep(0.002)
+            return Reply(t.REFUSED)
         if label == "big":
             records = [a("big.", f"10.1.{n // 256}.{n % 256}") for n in range(300)]
             return Reply(t.NOERROR, records, served_by="numbers")
@@ -116,6 +122,31 @@ async def test_more_questions_than_are_read_in_one_turn_are_all_answered() -> No
             range(count)
         )
         asker.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("host", FAMILIES)
+@pytest.mark.parametrize("wildcard", [False, True])
+async def test_what_nobody_waits_for_any_more_holds_up_nobody(
+    host: str, wildcard: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A burst of dear questions: as many as can be answered while their askers wait are."""
+    monkeypatch.setattr(udp, "STALE", 0.3)
+    count = 1000  # 2 s of work
+    async with listening(host, wildcard) as port:
+        asker, late = (client(host, host, port) for _ in range(2))
+        for qid in range(count):
+            asker.send(asked("dear", qid))
+        await asyncio.sleep(0)  # the first of them are answered
+        late.send(asked(7, 1))
+        assert parse_message(await read(late)).id == 1
+        answered = 0
+        with contextlib.suppress(BlockingIOError):
+            while asker.recv(512):
+                answered += 1
+        assert SLOTS < answered < count - SLOTS
+        for sock in (asker, late):
+            sock.close()
 
 
 @pytest.mark.asyncio

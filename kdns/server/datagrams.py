@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import fcntl
 import ipaddress
 import socket
 import struct
@@ -30,6 +31,9 @@ QUERY_AT: Final = tuple(range(0, SLOTS * QUERY_ROOM, QUERY_ROOM))
 # Where in `vectors` each slot has the address of its answer's rest, behind which is its size.
 REST_AT: Final = tuple(range(2, SLOTS * 4, 4))
 ID_SIZE: Final = 2
+# linux/sockios.h: when the datagram came that was read last, as struct timespec.
+SIOCGSTAMPNS: Final = 0x8907
+_TIMESPEC: Final = struct.Struct("@ll")
 # IP_PKTINFO, which the socket module names from Python 3.14 on.
 IP_PKTINFO: Final = getattr(socket, "IP_PKTINFO", 8)
 
@@ -247,6 +251,20 @@ def want_source(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
     else:
         sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+
+
+def want_arrivals(sock: socket.socket) -> None:
+    """Have the kernel note from now on when datagrams come."""
+    came_at(sock)
+
+
+def came_at(sock: socket.socket) -> float | None:
+    """Return when the datagram came that was read last, in Unix seconds; None: not known."""
+    try:
+        seconds, more = _TIMESPEC.unpack(fcntl.ioctl(sock, SIOCGSTAMPNS, bytes(_TIMESPEC.size)))
+    except OSError:  # none was read since the kernel was asked to
+        return None
+    return float(seconds + more / 1e9)
 
 
 _Rooms = dict[tuple[int, bool], Datagrams]

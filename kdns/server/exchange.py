@@ -54,6 +54,11 @@ class Exchange:
             "kdns_waiting_rejected_total", "Questions refused since too many wait for upstreams."
         ).labels()
 
+        self.stale = metrics.counter(
+            "kdns_stale_questions_total",
+            "Questions over UDP that were left, since their askers wait no longer.",
+        ).labels()
+
     def answer(self, query: Query, done: Done) -> Result:
         """Return the Reply or DROP if it is known at once; else a Pending, and `done` is
         called later with the outcome."""

@@ -15,7 +15,16 @@ from typing import Any
 from kdns.dns.message import Query, Reply, parse_query, render_refusal, render_reply
 from kdns.errors import WireError
 from kdns.plugins.plugin import Drop
-from kdns.server.datagrams import QUERY_AT, REST_AT, REST_OF, SLOTS, room_for, want_source
+from kdns.server.datagrams import (
+    QUERY_AT,
+    REST_AT,
+    REST_OF,
+    SLOTS,
+    came_at,
+    room_for,
+    want_arrivals,
+    want_source,
+)
 from kdns.server.exchange import Exchange
 from kdns.server.loop import read_while_waiting, stop_reading
 from kdns.server.packetcache import Entry, PacketCache
@@ -26,6 +35,10 @@ RECEIVE_BUFFER = 4 << 20
 # Answers from the chain leave in bursts of up to this many: each lone datagram would wake its
 # receiver, which costs more than making the answer. 16 answers take about 0.2 ms.
 BURST = 16
+# Seconds after which nobody waits for an answer any more: resolv.conf(5), Go and dig ask again,
+# or give up, after five. A burst of questions that are dear (an answer of a thousand endpoints
+# is made in 3 ms) can fill the socket's buffer with tens of seconds of work.
+STALE = 5.0
 # Every so many answers from a template it is seen whether it is always the same spelling.
 LOOK_AT_SPELLING = 3
 
@@ -53,8 +66,11 @@ class UdpListener:
         self._filled = False
         # What keep() is to be told once the answer has left.
         self._made: tuple[bytes, Query, bytes, Reply, float] | None = None
+        # Since when there was more than fitted into the room, each time it was looked; 0: not.
+        self._full_since = 0.0
         if reply_from:
             want_source(sock)
+        want_arrivals(sock)
         sock.setblocking(False)
         read_while_waiting(self._loop, sock.fileno(), self._drain)
 
@@ -74,12 +90,27 @@ class UdpListener:
             return self._answer_one()
         done = True
         for more in range(ROUNDS - 1, -1, -1):
-            if count and not self._answer(room.sizes(count)):
+            full = count == SLOTS
+            if not full:
+                self._full_since = 0.0
+            if full and self._is_stale():
+                self.exchange.stale.add(count)
+            elif count and not self._answer(room.sizes(count)):
                 done = False
-            if count < SLOTS or not more:
+            if not full or not more:
                 break
             count = room.receive(self._fd)
         return done
+
+    def _is_stale(self) -> bool:
+        """Return whether those in the full room came too long ago."""
+        now = time.monotonic()
+        if not self._full_since:
+            self._full_since = now
+        if now - self._full_since < STALE:
+            return False
+        came = came_at(self.sock)
+        return came is not None and time.time() - came > STALE
 
     def _answer_one(self) -> bool:
         """As _answer(), for one datagram: unless much is asked it comes alone, and the fewer
