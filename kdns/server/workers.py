@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import itertools
 import logging
 import os
 import signal
@@ -53,15 +55,25 @@ log = logging.getLogger("kdns")
 
 LOOK = 1.0  # seconds between two looks at each worker
 SILENT = 5.0  # seconds without a word from one that serves, before it is given up
-STARTING = 60.0  # seconds that one may take to start, or to take over a Corefile
+STARTING = 60.0  # seconds that one may take to start, or work at taking over a Corefile
 AFTER_ALL = 0.2  # seconds more: if this process was stopped itself, answers lie in its buffers
 MAX_WAITING = 64 << 20  # octets of changes that a worker may leave unread
 COUNTING = 1.0  # seconds that a scrape waits for the workers' numbers
 STEADY = 30.0  # seconds after which the end of a worker is not one of a row
-PAUSES = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # seconds before a replacement, in a row of ends
+# Seconds before a replacement: in a row of ends, and of tries to start one.
+PAUSES = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+REAPED = 0.01  # seconds between two looks whether a killed process has ended
 ENDING = 3.0  # seconds that workers have to end
 
 REQUESTS = "coredns_dns_requests_total"
+# What lets a worker start that the system has refused.
+WOULD_HELP = {
+    errno.EMFILE: "raise kdns's limit of open files (ulimit -n, LimitNOFILE=)",
+    errno.ENFILE: "raise fs.file-max, the host's limit of open files",
+    errno.EAGAIN: "raise the limit of processes (ulimit -u, TasksMax=, a container's of pids)",
+    errno.ENOMEM: "give kdns more memory",
+    errno.EADDRINUSE: "end the program that has taken its port",
+}
 # Of these metrics each worker has the same number: not added up.
 SAME = frozenset(
     """coredns_build_info coredns_plugin_enabled coredns_reload_version_info
@@ -76,7 +88,8 @@ OURS = frozenset(
 
 
 class Worker:
-    """One process. Made on the event loop; `gone` is set when it has ended."""
+    """One process. Made on the event loop; `gone` is set when it has ended. Raises OSError if
+    the system has no room for it."""
 
     def __init__(self, number: int, moved: Callable[[], None], show: Callable[[str], None]) -> None:
         self.number = number
@@ -92,10 +105,15 @@ class Worker:
         self._orders: dict[int, asyncio.Future[str]] = {}
         self._counts: dict[int, asyncio.Future[None]] = {}
         self._since = time.monotonic()
+        self._worked = 0.0  # seconds of processor time, when last looked at
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = _spawn(theirs)
-        self.link = Link(ours, self._take, self._ended)
+        try:
+            with theirs:
+                self._process = _spawn(theirs)
+            self.link = Link(ours, self._take, self._ended)
+        except BaseException:
+            ours.close()  # which also ends a process that was begun
+            raise
 
     @property
     def pid(self) -> int:
@@ -104,7 +122,7 @@ class Worker:
     def order(self, order: Order) -> asyncio.Future[str]:
         """Have a Corefile served; the outcome is "" or why it is not."""
         answer = self._orders[order.number] = asyncio.get_running_loop().create_future()
-        self._since = time.monotonic()
+        self._since, self._worked = time.monotonic(), _time_worked(self.pid)
         self.link.send(frame_of(order))
         return answer
 
@@ -121,11 +139,18 @@ class Worker:
         elif self.pinged is None:
             self.pinged = now
             self.link.send(frame_of(Ping()))
-        elif now - max(self.pinged, self._since) > (SILENT if self._is_settled() else STARTING):
-            asyncio.get_running_loop().call_later(AFTER_ALL, self._given_up, self.pinged, now)
+        else:
+            if self.serving and self._orders:
+                self._look_at_work(now)
+            if now - max(self.pinged, self._since) > (SILENT if self.serving else STARTING):
+                asyncio.get_running_loop().call_later(AFTER_ALL, self._given_up, self.pinged, now)
 
-    def _is_settled(self) -> bool:
-        return self.serving and not self._orders
+    def _look_at_work(self, now: float) -> None:
+        """Where a reload reads a long file or compiles a large registry, no step of its loop
+        comes to answer: that it works is the sign of life. Workers.take() has an end to it."""
+        worked = _time_worked(self.pid)
+        if worked > self._worked:
+            self._since, self._worked = now, worked
 
     def _given_up(self, pinged: float, now: float) -> None:
         if self.pinged == pinged and not self.gone.is_set():
@@ -139,7 +164,9 @@ class Worker:
     async def reap(self) -> str:
         """Return how the process ended."""
         self._process.kill()  # it may have closed its end and live on
-        code = await asyncio.to_thread(self._process.wait)
+        # No thread waits: where no process can be started, no thread can.
+        while (code := self._process.poll()) is None:
+            await asyncio.sleep(REAPED)
         if self.why:
             return self.why
         if code >= 0:
@@ -268,9 +295,8 @@ class Workers:
         self._end = asyncio.Event()
         self._watched = False
         self._uncounted: set[int] = set()  # said to be left out of the metrics
-        # Of those that have ended, for no counter may fall.
-        self._past: list[Samples] = []
-        self._asked: dict[int, float] = dict.fromkeys(range(count), 0.0)
+        # What those have counted that have left each seat.
+        self._past: dict[int, list[Samples]] = {number: [] for number in range(count)}
         metrics.gathered = self._gathered
         self._restarts = metrics.counter(
             "kdns_worker_restarts_total", "Workers that ended and were replaced.", ("worker",)
@@ -288,10 +314,14 @@ class Workers:
     # --- lifetimes --------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the processes. They wait for take()."""
+        """Start the processes. They wait for take(). Raises ConfigError if one cannot be."""
         for number in range(self.count):
-            self._begin(number)
-            self._tasks.append(asyncio.create_task(self._keep(number)))
+            try:
+                self._begin(number)
+            except OSError as e:
+                raise ConfigError([Problem("workers", 0, _refused(number, e))]) from e
+            self._tasks.append(task := asyncio.create_task(self._keep(number)))
+            task.add_done_callback(_say_bug)
         self._look()
 
     async def stop(self) -> None:
@@ -304,16 +334,13 @@ class Workers:
         for worker in self.present():
             worker.link.send(frame_of(End()))
         if self._tasks:
-            done, late = await asyncio.wait(self._tasks, timeout=ENDING)
+            _, late = await asyncio.wait(self._tasks, timeout=ENDING)
             for worker in self.present():
                 worker.give_up("did not end")
             if late:
                 await asyncio.wait(late, timeout=ENDING)
             for task in self._tasks:
                 task.cancel()
-            for task in done:
-                if not task.cancelled() and (error := task.exception()) is not None:
-                    log.error("a bug in kdns while keeping a worker", exc_info=error)
 
     def present(self) -> list[Worker]:
         """Return those that have not ended."""
@@ -355,20 +382,40 @@ class Workers:
                 "worker %d (process %d) %s; another one takes its place%s",
                 number, worker.pid, how, f" in {pause:g} s" if pause else "",
             )  # fmt: skip
+            await self._replace(number, pause)
+            if self._end.is_set():
+                return
+
+    async def _replace(self, number: int, pause: float) -> None:
+        """Have another one on a seat. What the system refuses now it may give later: there is no
+        last try, and each reason is said once."""
+        said: set[int | None] = set()
+        for tries in itertools.count(1):
             if pause:
                 await self._rest(number, pause)
             if self._end.is_set():
                 return
-            self._begin(number)
+            try:
+                self._bind_again(number)
+                worker = self._begin(number)
+            except OSError as e:
+                if e.errno not in said:
+                    said.add(e.errno)
+                    log.error(
+                        "%s; it is tried again, at least every %g s",
+                        _refused(number, e), PAUSES[-1],
+                    )  # fmt: skip
+                pause = PAUSES[min(tries, len(PAUSES) - 1)]
+                continue
+            if said:
+                log.info("worker %d (process %d) could be started now", number, worker.pid)
+            return
 
     async def _rest(self, number: int, pause: float) -> None:
         """Leave a seat empty; what is asked meanwhile is the others'."""
         self._empty.add(number)
         self._close_empty()
         await self._ended_within(pause)
-        while not self._end.is_set() and (why := self._bind_again(number)):
-            log.error("worker %d does not get its sockets back: %s", number, why)
-            await self._ended_within(PAUSES[-1])
 
     def _close_empty(self) -> None:
         for listener in self._listeners.values():
@@ -380,23 +427,21 @@ class Workers:
             async with asyncio.timeout(seconds):
                 await self._end.wait()
 
-    def _bind_again(self, number: int) -> str:
+    def _bind_again(self, number: int) -> None:
+        """Bind the sockets of a seat that was left empty. Raises OSError."""
         for listener in self._listeners.values():
             if listener.shared[number].closed:
                 try:
                     listener.bind_again(number)
                 except OSError as e:
-                    return f"{listener.place}: {e.strerror or e}"
+                    raise OSError(e.errno, f"{listener.place}: {e.strerror or e}") from e
         self._empty.discard(number)
-        return ""
 
     def _leave(self, worker: Worker) -> None:
         """Keep what one that ended has counted."""
-        self._past = summed([self._past, _lasting(worker.samples)])
-        self._asked[worker.number] += _requests_in(worker.samples)
+        self._past[worker.number] = self._counted(worker.number)
         self._uncounted.discard(worker.number)
-        if self._seats.get(worker.number) is worker:
-            del self._seats[worker.number]
+        del self._seats[worker.number]
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -511,14 +556,21 @@ class Workers:
             (self._uncounted.add if late else self._uncounted.discard)(worker.number)
 
     def _gathered(self, own: list[Samples]) -> list[Samples]:
-        theirs = [[s for s in w.samples if s.name not in OURS] for w in self.present()]
-        return summed([own, self._past, *theirs])
+        # Seat by seat: were past and present added up in another order, what is rounded could
+        # fall by its last digit, which is a restart to who reads it.
+        return summed([own, *(self._counted(number) for number in range(self.count))])
 
     def _requests(self) -> list[tuple[tuple[str, ...], float]]:
-        now = dict(self._asked)
-        for worker in self.present():
-            now[worker.number] += _requests_in(worker.samples)
-        return [((str(number),), value) for number, value in now.items()]
+        return [((str(n),), _requests_in(self._counted(n))) for n in range(self.count)]
+
+    def _counted(self, number: int) -> list[Samples]:
+        """Return what those on a seat have counted. One that has just ended still sits there."""
+        past, worker = self._past[number], self._seats.get(number)
+        if worker is None:
+            return past
+        if worker.gone.is_set():
+            return summed([past, _lasting(worker.samples)])
+        return summed([past, [one for one in worker.samples if one.name not in OURS]])
 
 
 # --- adding up --------------------------------------------------------------------------------
@@ -558,6 +610,25 @@ def _requests_in(samples: Sequence[Samples]) -> float:
 
 
 # --- starting ---------------------------------------------------------------------------------
+
+
+def _refused(number: int, error: OSError) -> str:
+    """Return which worker the system does not let start, why, and what would."""
+    text = f"worker {number} cannot be started: {error.strerror or error}"
+    right = WOULD_HELP.get(error.errno or 0)
+    return f"{text}: {right}" if right else text
+
+
+def _say_bug(keeping: asyncio.Task[None]) -> None:
+    if not keeping.cancelled() and (error := keeping.exception()) is not None:
+        log.error("a bug in kdns while keeping a worker", exc_info=error)
+
+
+def _time_worked(pid: int) -> float:
+    """Return the seconds of processor time that a process has used."""
+    with contextlib.suppress(OSError):  # it has just ended
+        return time.clock_gettime(~pid << 3 | 2)  # as clock_getcpuclockid(3) makes it
+    return 0.0
 
 
 def _send_sockets(worker: Worker, listener: Listener) -> None:
