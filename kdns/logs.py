@@ -10,10 +10,12 @@ said is everybody else's business.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import platform
+import resource
 import select
 import sys
 import time
@@ -33,6 +35,12 @@ LEVELS = {
 # A pipe that poll() calls writable takes this much without blocking (POSIX PIPE_BUF; Linux
 # frees whole pages), so one line to a stuck reader never stops the answers.
 ATOMIC = 4096
+# How asyncio begins what it says, with a traceback, of each connection it cannot accept; it
+# tries again a second later, as often as connections may wait.
+NOT_ACCEPTED = "socket.accept() out of system resource"
+# And what it says of each such try for a socket that was closed in between.
+CLOSED_BEFORE = "Exception in callback BaseSelectorEventLoop._start_serving("
+SAY_AGAIN = 60.0  # seconds until the same lack is said again
 
 
 def start_lines() -> tuple[str, str]:
@@ -56,6 +64,11 @@ def setup_logging(stream: TextIO, quiet: bool = False) -> LineHandler:
         if isinstance(old, LineHandler):
             root.removeHandler(old)
     root.addHandler(handler)
+    asyncio_log = logging.getLogger("asyncio")
+    for known in asyncio_log.filters[:]:
+        if isinstance(known, NotAccepted):
+            asyncio_log.removeFilter(known)
+    asyncio_log.addFilter(NotAccepted())
     logging.getLogger("kdns").setLevel(logging.INFO)
     logging.getLogger(START).setLevel(logging.CRITICAL if quiet else logging.NOTSET)
     # Nothing prints these, and a query log asks for a record per query.
@@ -63,6 +76,38 @@ def setup_logging(stream: TextIO, quiet: bool = False) -> LineHandler:
     if sys.version_info >= (3, 12):
         logging.logAsyncioTasks = False
     return handler
+
+
+class NotAccepted(logging.Filter):
+    """Has one line say, once in a while, that no connection can be accepted, and why; asyncio
+    would write a traceback for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._quiet_until = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Reword such a record; return False if it has been said already."""
+        error = record.exc_info[1] if record.exc_info else None
+        said = str(record.msg)
+        if not said.startswith(NOT_ACCEPTED):
+            return not (said.startswith(CLOSED_BEFORE) and isinstance(error, ValueError))
+        now = time.monotonic()
+        if now < self._quiet_until:
+            return False
+        self._quiet_until = now + SAY_AGAIN
+        why = "no resources left"
+        if isinstance(error, OSError):
+            why = error.strerror or str(error)
+            if error.errno == errno.EMFILE:
+                most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+                why = (
+                    f"all {most} file descriptors of this process are in use; a higher limit "
+                    "would be right: LimitNOFILE= of the systemd unit, or ulimit -n"
+                )
+        record.name, record.args, record.exc_info, record.exc_text = "kdns", None, None, None
+        record.msg = f"new TCP, TLS and HTTP connections have to wait: {why}"
+        return True
 
 
 class LineHandler(logging.Handler):

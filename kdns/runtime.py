@@ -8,7 +8,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # File descriptors wanted: a thousand connections a listener, a thousand sockets to upstreams.
 # The soft limit of 1,024 that services start with (systemd) is for programs that use select().
@@ -65,6 +65,16 @@ def settle_memory() -> None:
     what a start leaves of cycles is less than a megabyte, and questions come already."""
     gc.freeze()
     collect_rarely()
+
+
+def give_back_memory() -> None:
+    """Have the C library return what it keeps of freed memory, which OpenSSL's buffers are:
+    after a flood that is many megabytes. Takes some 5 ms; another C library than glibc may have
+    no such call."""
+    import ctypes  # seldom wanted, and it takes a while
+
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def raise_file_limit() -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import gc
+import socket
 import ssl
+import tracemalloc
 from pathlib import Path
 
 import aiohttp
@@ -16,6 +20,7 @@ from kdns.dns import types as t
 from kdns.dns.message import parse_message, render_query
 from kdns.dns.name import parse_name
 from kdns.errors import ConfigError
+from kdns.server import http, tcp
 
 pytestmark = pytest.mark.asyncio
 QUESTION = render_query(0, parse_name("web.default.svc.cluster.local."), t.A)
@@ -178,3 +183,225 @@ async def test_a_reload_takes_a_renewed_certificate(
         conf.write_text(text)
         assert await kdns.app.reload()
         assert parse_message(await over_tls(port, trusting(other))).answer
+
+
+# --- bounds -------------------------------------------------------------------------------
+
+
+async def closed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Wait until the server has closed a connection."""
+    async with asyncio.timeout(10):
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(4096):
+                pass
+    writer.close()
+
+
+async def asked(scheme: str, port: int, ca: trustme.CA) -> bool:
+    if scheme == "tls":
+        return bool(parse_message(await over_tls(port, trusting(ca))).answer)
+    connector = aiohttp.TCPConnector(ssl=trusting(ca))
+    async with aiohttp.ClientSession(connector=connector) as session:
+        url, kind = f"https://127.0.0.1:{port}/dns-query", {"Content-Type": DNS}
+        async with session.post(url, data=QUESTION, headers=kind) as response:
+            return bool(parse_message(await response.read()).answer)
+
+
+@pytest.mark.parametrize("scheme", ["tls", "https"])
+async def test_a_handshake_that_is_never_finished_is_ended(
+    authority: tuple[trustme.CA, Path], monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    monkeypatch.setattr(tcp, "HANDSHAKE", 0.1)
+    async with RunningKdns(corefile(scheme, authority[1])) as kdns:
+        reader, writer = await asyncio.open_connection("127.0.0.1", kdns.app.port(scheme))
+        writer.write(b"\x16\x03\x01\x02\x00\x01")
+        await closed(reader, writer)
+
+
+@pytest.mark.parametrize("scheme", ["tls", "https"])
+async def test_the_oldest_unfinished_handshake_gives_way(
+    authority: tuple[trustme.CA, Path], monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    ca, folder = authority
+    monkeypatch.setattr(tcp, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(http, "MAX_DOH_CONNECTIONS", 3)
+    async with RunningKdns(corefile(scheme, folder)) as kdns:
+        port = kdns.app.port(scheme)
+        half = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+        assert await asked(scheme, port, ca)
+        await closed(*half[0])
+        assert kdns.app.metrics.value("kdns_tcp_connections_rejected_total") == 1
+        assert not half[1][0].at_eof() and not half[2][0].at_eof()
+        for _, writer in half:
+            writer.close()
+
+
+@pytest.mark.parametrize("scheme", ["tls", "https"])
+async def test_a_tls_connection_takes_little_memory(
+    authority: tuple[trustme.CA, Path], scheme: str
+) -> None:
+    async with RunningKdns(corefile(scheme, authority[1])) as kdns:
+        port, count = kdns.app.port(scheme), 20
+        assert await asked(scheme, port, authority[0])
+        tracemalloc.start()
+        try:
+            half = [await asyncio.open_connection("127.0.0.1", port) for _ in range(count)]
+            await asyncio.sleep(0)
+            assert await asked(scheme, port, authority[0])  # the others are accepted before
+            assert tracemalloc.get_traced_memory()[0] < count * (100 << 10)
+        finally:
+            tracemalloc.stop()
+        for _, writer in half:
+            writer.close()
+
+
+@pytest.mark.parametrize("scheme", ["tls", "https"])
+@pytest.mark.parametrize("how", ["finished", "garbage", "half", "silent"])
+async def test_tls_that_has_ended_is_gone_without_the_garbage_collector(
+    authority: tuple[trustme.CA, Path], monkeypatch: pytest.MonkeyPatch, scheme: str, how: str
+) -> None:
+    ca, folder = authority
+    if how == "silent":
+        monkeypatch.setattr(tcp, "HANDSHAKE", 0.05)
+
+    def left() -> int:
+        names = ("_Tls", "_SelectorSocketTransport")
+        return sum(
+            type(one).__name__ in names
+            and getattr(one, "_server_side", None) is not False  # the test's own side
+            for one in gc.get_objects()
+        )
+
+    async with RunningKdns(corefile(scheme, folder)) as kdns:
+        port = kdns.app.port(scheme)
+        assert await asked(scheme, port, ca)
+        gc.collect()
+        gc.disable()
+        try:
+            before = left()
+            for _ in range(5):
+                if how == "finished":
+                    await asyncio.to_thread(_shake_hands, port, trusting(ca))
+                else:
+                    await asyncio.to_thread(_say, port, how)
+            async with asyncio.timeout(5):
+                while left() > before:
+                    await asyncio.sleep(0.05)
+        finally:
+            gc.enable()
+
+
+def _shake_hands(port: int, context: ssl.SSLContext) -> None:
+    with (
+        socket.create_connection(("127.0.0.1", port), 5) as sock,
+        context.wrap_socket(sock, server_hostname="127.0.0.1"),
+    ):
+        pass
+
+
+def _say(port: int, how: str) -> None:
+    with socket.create_connection(("127.0.0.1", port), 5) as sock:
+        if how == "half":
+            sock.send(b"\x16\x03\x01\x02\x00\x01")
+            return
+        if how == "garbage":
+            sock.send(b"GET / HTTP/1.0\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            while sock.recv(100):
+                pass
+
+
+async def test_a_client_of_dns_over_https_that_asks_nothing_is_let_go(
+    authority: tuple[trustme.CA, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ca, folder = authority
+    monkeypatch.setattr(http, "REQUEST", 0.1)
+    monkeypatch.setattr(http, "LINGER", 0.1)
+    async with RunningKdns(corefile("https", folder)) as kdns:
+        port = kdns.app.port("https")
+        streams = await asyncio.open_connection("127.0.0.1", port, ssl=trusting(ca))
+        await closed(*streams)
+        # a body that never comes
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=trusting(ca))
+        writer.write(
+            b"POST /dns-query HTTP/1.1\r\nHost: x\r\nContent-Length: 40\r\n"
+            b"Content-Type: application/dns-message\r\n\r\nabc"
+        )
+        async with asyncio.timeout(10):
+            assert b" 408 " in await reader.readline()
+        await closed(reader, writer)
+
+
+async def test_connections_of_dns_over_https_are_bounded(
+    authority: tuple[trustme.CA, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ca, folder = authority
+    monkeypatch.setattr(http, "MAX_DOH_CONNECTIONS", 3)
+    async with RunningKdns(corefile("https", folder)) as kdns:
+        port, context = kdns.app.port("https"), trusting(ca)
+        idle = [await asyncio.open_connection("127.0.0.1", port, ssl=context) for _ in range(6)]
+        for streams in idle[:3]:
+            await closed(*streams)
+        assert await asked("https", port, ca)
+        await closed(*idle[3])
+        for _, writer in idle:
+            writer.close()
+
+
+async def test_a_zone_and_a_big_answer_come_whole_over_tls(
+    authority: tuple[trustme.CA, Path],
+) -> None:
+    """Many records of TLS, in both directions more than one buffer holds."""
+    _, folder = authority
+    count = 20_000
+    (folder / "zone").write_text(
+        "$ORIGIN example.org.\n@ 60 IN SOA ns mail 1 60 60 60 60\n"
+        "@ 60 IN NS ns\nns 60 IN A 10.0.0.1\n"
+        + "".join(f"n{n} 60 IN A 10.1.{n >> 8}.{n & 255}\n" for n in range(count))
+        + "".join(f"big 60 IN A 10.2.{n >> 8}.{n & 255}\n" for n in range(3000))
+    )
+    text = corefile("tls", folder).rstrip().removesuffix("}")
+    text += f"\nfile {folder}/zone example.org\ntransfer example.org {{\n to *\n}}\n}}"
+    async with RunningKdns(text) as kdns:
+        port = kdns.app.port("tls")
+        reader, writer = await asyncio.open_connection(
+            "127.0.0.1", port, ssl=trusting(authority[0])
+        )
+
+        async def frame() -> bytes:
+            size = int.from_bytes(await reader.readexactly(2), "big")
+            return await reader.readexactly(size)
+
+        async with asyncio.timeout(12):
+            big = render_query(1, parse_name("big.example.org."), t.A)
+            writer.write((len(big).to_bytes(2, "big") + big) * 40)
+            for _ in range(40):
+                assert len(parse_message(await frame()).answer) == 3000
+            question = render_query(2, parse_name("example.org."), t.AXFR)
+            writer.write(len(question).to_bytes(2, "big") + question)
+            records, ends = 0, 0
+            while ends < 2:
+                answer = parse_message(await frame()).answer
+                records += len(answer)
+                ends += sum(rr.type == t.SOA for rr in answer)
+        assert records == count + 3000 + 4
+        writer.close()
+
+
+@pytest.mark.parametrize("scheme", ["tls", "https"])
+async def test_memory_is_given_back_when_most_connections_have_gone(
+    authority: tuple[trustme.CA, Path], monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    given = asyncio.Event()
+    monkeypatch.setattr(tcp, "MANY", 5)
+    monkeypatch.setattr(tcp, "SETTLE", 0.01)
+    monkeypatch.setattr(tcp, "give_back_memory", given.set)
+    async with RunningKdns(corefile(scheme, authority[1])) as kdns:
+        port = kdns.app.port(scheme)
+        half = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]
+        assert await asked(scheme, port, authority[0])
+        assert not given.is_set()
+        for _, writer in half:
+            writer.close()
+        async with asyncio.timeout(10):
+            await given.wait()

@@ -17,14 +17,15 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kdns.dns import types as t
 from kdns.dns.message import Query, Reply, parse_query, render_refusal, render_reply
 from kdns.errors import WireError
-from kdns.metrics import Metrics
+from kdns.metrics import Cell, Metrics
 from kdns.plugins.plugin import Drop, HttpRoute
 from kdns.server.exchange import Exchange
+from kdns.server.tcp import CLOSE, Handshakes, forget
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -37,6 +38,14 @@ MAX_DOH = 65535
 MIN_FRESH, MAX_FRESH = 5, 3600
 SHUTDOWN = 0.5  # seconds that open requests get when the server stops
 BACKLOG = 128  # connections that wait, also those of before it serves
+# Connections of one address. Probes and scrapes need a handful; clients of DNS over HTTPS keep
+# theirs open.
+MAX_CONNECTIONS = 100
+MAX_DOH_CONNECTIONS = 500
+# Seconds, as CoreDNS: until a request has come, from its first octet or the connection's
+# begin; until its answer is read; from then to the next request.
+REQUEST, WRITE, IDLE = 5.0, 10.0, 120.0
+LINGER = 1.0  # that the rest of a request nobody wants may still come, so that its answer is read
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -45,14 +54,160 @@ def split_address(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+class Guests:
+    """The connections of one server, for all its sockets: who comes, and who has to go.
+
+    make -- aiohttp's protocol for a connection, set before the first one comes
+    """
+
+    def __init__(
+        self, limit: int, context: ssl.SSLContext | None = None, rejected: Cell | None = None
+    ) -> None:
+        self.make: Callable[[], Any]
+        self.here: dict[Any, Guest] = {}  # by aiohttp's protocol, which requests name
+        self._limit = limit
+        self._rejected = rejected
+        self.handshakes: Handshakes | None = None
+        if context is not None:
+            self.handshakes = Handshakes(
+                context, lambda: Guest(self), limit, lambda: len(self.here), rejected
+            )
+
+    def protocol(self) -> asyncio.BaseProtocol:
+        """For loop.create_server."""
+        return Guest(self) if self.handshakes is None else self.handshakes.protocol()
+
+    def admit(self, guest: Guest) -> bool:
+        """Return False if all places are taken by connections whose requests are being answered.
+        Else the one goes that has been idle longest; those that never asked go first, so that a
+        flood of them does not end those in use."""
+        if self.handshakes is not None:
+            self.handshakes.end(guest)
+        if len(self.here) >= self._limit:
+            if self._rejected is not None:
+                self._rejected.add()
+            idle = [g for g in self.here.values() if g.phase != ANSWERING]
+            if not idle:
+                return False
+            min(idle, key=lambda g: (g.asked, g.since)).abort()
+        self.here[guest.inner] = guest
+        return True
+
+    def leave(self, guest: Guest) -> None:
+        self.here.pop(guest.inner, None)
+
+    def close(self) -> None:
+        """Close all connections at once."""
+        if self.handshakes is not None:
+            self.handshakes.close()
+        for guest in list(self.here.values()):
+            guest.abort()
+
+
+READING, ANSWERING, WRITING, WAITING = range(4)
+
+
+class Guest(asyncio.Protocol):
+    """One connection: aiohttp's protocol (`inner`), and a limit to the time of each phase.
+
+    phase -- since `since`; asked -- whether it has ever had an answer
+    """
+
+    def __init__(self, guests: Guests) -> None:
+        self.inner: Any = None  # from the end of the handshake on, for it takes memory
+        self.phase = READING
+        self.asked = False
+        self._guests = guests
+        self._loop = asyncio.get_running_loop()
+        self.since = self._loop.time()
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def enter(self, phase: int) -> None:
+        """Begin a phase."""
+        self.phase = phase
+        self.since = self._loop.time()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        # To answer has no limit here: what a request waits for has its own.
+        if phase != ANSWERING and self._transport is not None:
+            allowed = {READING: REQUEST, WRITING: WRITE, WAITING: IDLE}[phase]
+            self._timer = self._loop.call_later(allowed, self._expire)
+
+    def _expire(self) -> None:
+        transport = self._transport
+        if transport is None:
+            return
+        if self.phase == WRITING and not transport.get_write_buffer_size():
+            self.enter(WAITING)
+        elif self.phase == WRITING:
+            self.abort()
+        else:
+            transport.close()
+            self._timer = self._loop.call_later(CLOSE, self.abort)
+
+    def abort(self) -> None:
+        """Close the connection at once: whoever has to go gets no say in it."""
+        self._guests.leave(self)  # its place is free
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- asyncio.Protocol -----------------------------------------------------------------
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+        self.inner = self._guests.make()
+        if not self._guests.admit(self):
+            transport.abort()
+            return
+        if hasattr(transport, "set_read_buffer_limits"):  # TLS, which reads on while we do not
+            transport.set_read_buffer_limits(high=MAX_DOH)
+        self.enter(READING)
+        self.inner.connection_made(transport)
+
+    def data_received(self, octets: bytes) -> None:
+        if self._transport is None or self.inner not in self._guests.here:
+            return
+        unread = self._transport.get_write_buffer_size()
+        if self.phase == WAITING or (self.phase == WRITING and not unread):
+            self.enter(READING)
+        self.inner.data_received(octets)
+
+    def eof_received(self) -> bool | None:
+        return bool(self.inner.eof_received())
+
+    def pause_writing(self) -> None:
+        self.inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self.inner.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._guests.leave(self)
+        forget(self._transport)
+        self._transport = None
+        if self._timer is not None:
+            self._timer.cancel()
+        self.inner.connection_lost(exc)
+
+
 class _Server:
     """One listening address; a subclass answers requests."""
 
-    def __init__(self, host: str, port: int, context: ssl.SSLContext | None) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        context: ssl.SSLContext | None,
+        limit: int,
+        rejected: Cell | None = None,
+    ) -> None:
         self.port = port
         self._host = host
-        self._context = context
         self._bound: list[socket.socket] = []  # and not served yet
+        self._guests = Guests(limit, context, rejected)
+        self._listening: list[asyncio.Server] = []
         self._runner: web.ServerRunner | None = None
 
     async def start(self, bound: Sequence[socket.socket] = ()) -> None:
@@ -76,23 +231,43 @@ class _Server:
         await asyncio.to_thread(importlib.import_module, "aiohttp.web")
         from aiohttp import web
 
-        self._runner = web.ServerRunner(web.Server(self._handle), shutdown_timeout=SHUTDOWN)
+        server = web.Server(self._attend, lingering_time=LINGER)
+        self._guests.make = server
+        self._runner = web.ServerRunner(server, shutdown_timeout=SHUTDOWN)
         await self._runner.setup()
+        loop = asyncio.get_running_loop()
         while self._bound:
-            site = web.SockSite(
-                self._runner, self._bound[0], ssl_context=self._context, backlog=BACKLOG
+            # aiohttp's own way (web.SockSite) has neither a limit nor a time-out.
+            self._listening.append(
+                await loop.create_server(
+                    self._guests.protocol, sock=self._bound[0], backlog=BACKLOG
+                )
             )
-            await site.start()
-            self._bound.pop(0)  # the runner's from here on
+            self._bound.pop(0)  # asyncio's from here on
 
     async def stop(self) -> None:
         """Close the listener and its connections."""
         for sock in self._bound:
             sock.close()
-        self._bound = []
+        for listening in self._listening:
+            listening.close()
+        self._bound, self._listening = [], []
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
+        self._guests.close()
+
+    async def _attend(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer a request, and have the connection's times go by it."""
+        guest = self._guests.here.get(request.protocol)
+        if guest is None:
+            return await self._handle(request)
+        guest.enter(ANSWERING)
+        try:
+            return await self._handle(request)
+        finally:
+            guest.asked = True
+            guest.enter(WRITING)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         raise NotImplementedError
@@ -144,7 +319,7 @@ class HttpServer(_Server):
     """
 
     def __init__(self, address: str, context: ssl.SSLContext | None = None) -> None:
-        super().__init__(*split_address(address), context)
+        super().__init__(*split_address(address), context, MAX_CONNECTIONS)
         self.address = address
         self.routes: dict[str, HttpRoute] = {}
         self.fallback: Callable[[str], tuple[int, dict[str, str], bytes]] | None = None
@@ -182,7 +357,10 @@ class DohServer(_Server):
         metrics: Metrics,
         label: str,
     ) -> None:
-        super().__init__(host, port, context)
+        rejected = metrics.counter(
+            "kdns_tcp_connections_rejected_total", "Connections over the limit of a listener."
+        ).labels()
+        super().__init__(host, port, context, MAX_DOH_CONNECTIONS, rejected)
         self.exchange = exchange
         self._count = metrics.counter(
             "coredns_dns_https_responses_total",
@@ -202,7 +380,12 @@ class DohServer(_Server):
         if request.path != "/dns-query":
             return web.Response(status=404, text="not found; ask under /dns-query\n")
         try:
-            wire = await self._read(request)
+            async with asyncio.timeout(REQUEST):
+                wire = await self._read(request)
+        except TimeoutError:
+            late = web.Response(status=408, text=f"the question took over {REQUEST:g} s to come\n")
+            late.force_close()
+            return late
         except ValueError as e:
             return web.Response(status=400, text=f"{e}\n")
         if wire is None:

@@ -24,6 +24,9 @@ from kdns.server.tcp import TcpServer
 from kdns.server.udp import RECEIVE_BUFFER, UdpListener
 
 BACKLOG = 512
+# Of them so many are accepted in one step of the loop: each has a place and, over TLS, memory
+# before the oldest can go, and others wait meanwhile.
+ACCEPTED = 64
 # How many free ports are tried where port 0 was asked for and TCP has not the one UDP got.
 PORT_TRIES = 20
 # One UDP socket an address costs a file descriptor; hosts with more addresses (nodes with
@@ -136,10 +139,9 @@ class Listener:
             "kdns_tcp_connections_rejected_total", "Connections over the limit of a listener."
         ).labels()
         for sock in listening:
-            server = TcpServer(self.exchange, proto, rejected)
-            opened = await loop.create_server(
-                server.protocol, sock=sock, ssl=context, backlog=BACKLOG
-            )
+            server = TcpServer(self.exchange, proto, rejected, context)
+            opened = await loop.create_server(server.protocol, sock=sock, backlog=ACCEPTED)
+            sock.listen(BACKLOG)
             self._tcp.append((opened, server))
 
     async def close(self) -> None:
