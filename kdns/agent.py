@@ -46,7 +46,7 @@ from kdns.proxy.table import ForwardingTable, TableCompiler, conflicts, dump_tab
 from kdns.registry.decode import TRIGGER_TIME
 from kdns.registry.gate import KernelChanges
 from kdns.registry.objects import EndpointSlice, Key, Node
-from kdns.registry.snapshot import Changes, Snapshot, all_between, everything
+from kdns.registry.snapshot import Changes, Snapshot, everything, joined
 from kdns.registry.spec import KubeSpec, ManifestSpec
 from kdns.registry.store import Store
 from kdns.runtime import collect_rarely, raise_file_limit, settle_memory, take_turns_often
@@ -151,8 +151,6 @@ class Agent:
         self._default: dict[Family, str] = {}  # the address of the default route
         self._snapshot = Snapshot()
         self._own: asyncio.Task[None] | None = None  # follows its own pipeline's source
-        self._forwarding = False  # attached to the pipeline
-        self._elsewhere = False  # the next snapshot is of another registry than the one before
         self._kept = asyncio.Event()  # what is kept may be other
         self._stop = asyncio.Event()
         self._why = ""  # if it is for a reason that the operator must hear of
@@ -216,7 +214,6 @@ class Agent:
         gauge_draining(self.metrics, self.draining)
         # While the registry is listed.
         self._looked = group.create_task(self._look(), name="look")
-        self._forwarding = True
         self.pipeline.attach(self._take, self.draining)
         tasks = [
             group.create_task(self._watch_config()),
@@ -227,7 +224,6 @@ class Agent:
         try:
             await self._stop.wait()
         finally:
-            self._forwarding = False
             self.pipeline.detach(self._take)
             self._end_own()
             for task in tasks:
@@ -243,11 +239,9 @@ class Agent:
         """Be the kernel side of this pipeline from now on. The rules stay but for what is other
         in its registry; what that has not goes as if it had been deleted."""
         before, self.pipeline = self.pipeline, pipeline
-        if not self._forwarding or before is None or before is pipeline:
+        if before is None or before is pipeline or not before.detach(self._take):
             return
-        before.detach(self._take)
         self._end_own()
-        self._elsewhere = True
         pipeline.count_on(before.registry.revision)
         pipeline.attach(self._take, self.draining)
 
@@ -346,9 +340,8 @@ class Agent:
             if not self._begin(node):
                 return {}
             changes, before = everything(snapshot), Snapshot()
-        elif self._elsewhere:
-            changes = all_between(before, snapshot)
-        self._elsewhere = False
+        elif changes.synced:  # of another registry than the one before
+            changes = joined(everything(before), everything(snapshot))
         first = not before.synced
         services, slices = _count(before, snapshot, changes.services)
         found: dict[Family, Collection[Key]] = {}

@@ -23,7 +23,7 @@ from kdns.control import facts_of, serving_control
 from kdns.dns.message import Reply
 from kdns.dns.name import BadName, parse_name
 from kdns.dns.text import render_rr
-from kdns.errors import ConfigError, Problem
+from kdns.errors import ConfigError, Problem, reason_of
 from kdns.logs import START, start_lines
 from kdns.metrics import Metrics
 from kdns.pipeline import Pipeline, gauge_draining, gauge_revisions, gauge_waiting
@@ -312,9 +312,7 @@ class App:
                 await listener.close()
             if not isinstance(e, OSError):
                 raise
-            # asyncio's own text of a taken port names the address again.
-            why = os.strerror(e.errno) if e.errno and e.errno > 0 else str(e)
-            raise ConfigError([Problem(str(place), 0, f"cannot listen: {why}")]) from e
+            raise ConfigError([Problem(str(place), 0, f"cannot listen: {reason_of(e)}")]) from e
         return opened
 
     async def _open_listener(self, listener: Listener, context: ssl.SSLContext | None) -> None:
@@ -493,6 +491,7 @@ class App:
     # --- what plugins want done -------------------------------------------------------
 
     def _start_work(self, site: Site, stamps: dict[str, Stamp]) -> None:
+        notify: list[Notify] = []
         for block in site.blocks:
             for item in [w for plugin in block.plugins for w in plugin.work()]:
                 if isinstance(item, (WatchFile, WatchFolder)):
@@ -502,9 +501,10 @@ class App:
                     self._spawn(_every(item))
                 elif isinstance(item, Probe) and self._workers is None:
                     self._spawn(_probe(self.listeners[places_of(block)[0]], item))
+                elif isinstance(item, Notify):
+                    notify.append(item)
         if self._notifier is not None:
-            work = [w for plugin in site.plugins() for w in plugin.work()]
-            self._notifier.begin([w for w in work if isinstance(w, Notify)])
+            self._notifier.begin(notify)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         assert self._group is not None

@@ -55,7 +55,7 @@ from kdns.dns.message import Query, Reply, failure, make_query
 from kdns.dns.name import BadName, render_name
 from kdns.dns.reverse import reverse_name
 from kdns.dns.text import render_rdata
-from kdns.errors import ApiError, ConfigError, KdnsError, Problem
+from kdns.errors import ApiError, ConfigError, KdnsError, Problem, reason_of
 from kdns.lookup import Lookup, in_a_pod
 from kdns.metrics import Metrics
 from kdns.plugins.chain import Pending, Result
@@ -310,7 +310,7 @@ class Cluster:
         except OSError as e:
             raise ConfigError(
                 [Problem("api_port", 0, f"{self._bind}:{self._ports[0]}: cannot listen:"
-                                        f" {_reason(e)}; 0 picks a free port")]
+                                        f" {reason_of(e)}; 0 picks a free port")]
             ) from None  # fmt: skip
         self.api = api
 
@@ -846,11 +846,6 @@ def _usefulness(answer: Answer) -> int:
 def _reachable(address: str) -> str:
     """Return where a program of this host reaches what listens at an address."""
     return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(address, address)
-
-
-def _reason(error: OSError) -> str:
-    # asyncio's own text repeats the address.
-    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
 
 
 # --- without a loop -------------------------------------------------------------------------

@@ -6,6 +6,7 @@ trace is logged, the server lives.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -117,3 +118,9 @@ class ApiError(KdnsError):
         self.code, self.reason = code, reason
         self.details: dict[str, object] = details or {}
         super().__init__(text)
+
+
+def reason_of(error: OSError) -> str:
+    """Return the system's words for what went wrong; asyncio puts a sentence of its own into
+    strerror, which repeats the address."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)

@@ -157,14 +157,16 @@ class Pipeline:
         takes rules of that one's, which are being written yet, for rules of this one's."""
         self.take_over(self.store.count_on(revision), Changes())
 
-    def detach(self, kernel: Kernel) -> None:
-        """That one has ended; nobody waits for it any more."""
+    def detach(self, kernel: Kernel) -> bool:
+        """That one has ended, or moved; nobody waits for it any more. Return whether it was
+        attached."""
         if self._kernel != kernel:
-            return
+            return False
         self._kernel, self._draining = None, list
         self._programmed.clear()
         if self.gate is not None:
             self._take(self.gate.detach(self._clock(), int(time.time())))
+        return True
 
     @property
     def attached(self) -> bool:

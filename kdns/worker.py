@@ -26,7 +26,7 @@ from kdns.metrics import Metrics
 from kdns.pipeline import Pipeline
 from kdns.plugins.plugin import Feed
 from kdns.registry.mirror import Mirror
-from kdns.registry.snapshot import Changes, Snapshot
+from kdns.registry.snapshot import Changes, Snapshot, joined
 from kdns.registry.spec import Spec
 from kdns.runtime import raise_file_limit, take_turns_often
 from kdns.server import listen
@@ -293,19 +293,6 @@ async def _first(serving: asyncio.Task[None], started: asyncio.Event) -> None:
     waiting = asyncio.ensure_future(started.wait())
     await asyncio.wait((serving, waiting), return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
-
-
-def joined(first: Changes, then: Changes) -> Changes:
-    """Return the changes of two revisions as those of one."""
-    return Changes(
-        first.services | then.services,
-        first.namespaces | then.namespaces,
-        first.pods | then.pods,
-        first.synced or then.synced,
-        first.imports | then.imports,
-        first.nodes | then.nodes,
-        first.service_cidrs | then.service_cidrs,
-    )
 
 
 def main(link: int, out: int) -> None:

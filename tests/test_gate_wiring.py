@@ -6,10 +6,11 @@ The kernel side is a function here; test_gate_traffic.py has a real one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -118,6 +119,16 @@ class Running(RunningKdns):
         if not reply.answer:
             return t.rcode_name(reply.rcode)
         return ".".join(map(str, reply.answer[0].rdata))
+
+
+@contextlib.asynccontextmanager
+async def forwarding(conf: Path) -> AsyncIterator[tuple[Running, Kernel]]:
+    """A server and its kernel side, whose first rules are written."""
+    async with Running(conf=conf) as site:
+        kernel = Kernel(site.pipeline)
+        kernel.write()
+        site.app.moved = kernel.move
+        yield site, kernel
 
 
 # --- which registry ---------------------------------------------------------------------------
@@ -290,9 +301,7 @@ async def test_at_the_start_dns_does_not_wait_for_ever(caplog: pytest.LogCapture
 @in_loop
 async def test_a_reload_keeps_the_agents_registry(tmp_path: Path) -> None:
     conf = tmp_path / "Corefile"
-    async with Running(conf=conf) as site:
-        kernel = Kernel(site.pipeline)
-        kernel.write()
+    async with forwarding(conf) as (site, kernel):
         pipeline = site.pipeline
         conf.write_text(site.text("ttl 7"))
         assert await site.app.reload()
@@ -309,9 +318,7 @@ async def test_a_reload_to_another_registry_leaves_the_agent_its_own(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     conf = tmp_path / "Corefile"
-    async with Running(conf=conf) as site:
-        kernel = Kernel(site.pipeline)
-        kernel.write()
+    async with forwarding(conf) as (site, kernel):
         conf.write_text(site.text("labels app=web"))
         assert await site.app.reload()
         assert "names do not wait for rules" in caplog.text
@@ -325,10 +332,7 @@ async def test_a_reload_to_another_registry_leaves_the_agent_its_own(
 async def test_a_reload_that_reads_more_takes_the_agent_along(tmp_path: Path) -> None:
     """Names go on to wait, at the new registry, for rules of its own revisions."""
     conf = tmp_path / "Corefile"
-    async with Running(conf=conf) as site:
-        kernel = Kernel(site.pipeline)
-        kernel.write()
-        site.app.moved = kernel.move
+    async with forwarding(conf) as (site, kernel):
         before = site.pipeline
         for number in range(9):
             site.put(f"more-{number}", f"10.96.1.{number}")
@@ -354,10 +358,7 @@ async def test_a_reload_that_reads_more_takes_the_agent_along(tmp_path: Path) ->
 @in_loop
 async def test_a_reload_that_fails_leaves_the_agent_where_it_is(tmp_path: Path) -> None:
     conf = tmp_path / "Corefile"
-    async with Running(conf=conf) as site:
-        kernel = Kernel(site.pipeline)
-        kernel.write()
-        site.app.moved = kernel.move
+    async with forwarding(conf) as (site, kernel):
         before = site.pipeline
         with socket.create_server(("127.0.0.1", 0)) as taken:
             there = f"\nother.:{taken.getsockname()[1]} {{\n bind 127.0.0.1\n whoami\n}}\n"

@@ -20,7 +20,7 @@ from kdns.dns import types as t
 from kdns.dns.message import parse_message, render_query
 from kdns.dns.name import parse_name
 from kdns.errors import ConfigError
-from kdns.server import http, tcp
+from kdns.server import http, tcp, tls
 
 pytestmark = pytest.mark.asyncio
 QUESTION = render_query(0, parse_name("web.default.svc.cluster.local."), t.A)
@@ -211,7 +211,7 @@ async def asked(scheme: str, port: int, ca: trustme.CA) -> bool:
 async def test_a_handshake_that_is_never_finished_is_ended(
     authority: tuple[trustme.CA, Path], monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
-    monkeypatch.setattr(tcp, "HANDSHAKE", 0.1)
+    monkeypatch.setattr(tls, "HANDSHAKE", 0.1)
     async with RunningKdns(corefile(scheme, authority[1])) as kdns:
         reader, writer = await asyncio.open_connection("127.0.0.1", kdns.app.port(scheme))
         writer.write(b"\x16\x03\x01\x02\x00\x01")
@@ -262,7 +262,7 @@ async def test_tls_that_has_ended_is_gone_without_the_garbage_collector(
 ) -> None:
     ca, folder = authority
     if how == "silent":
-        monkeypatch.setattr(tcp, "HANDSHAKE", 0.05)
+        monkeypatch.setattr(tls, "HANDSHAKE", 0.05)
 
     def left() -> int:
         names = ("_Tls", "_SelectorSocketTransport")
@@ -393,9 +393,9 @@ async def test_memory_is_given_back_when_most_connections_have_gone(
     authority: tuple[trustme.CA, Path], monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     given = asyncio.Event()
-    monkeypatch.setattr(tcp, "MANY", 5)
-    monkeypatch.setattr(tcp, "SETTLE", 0.01)
-    monkeypatch.setattr(tcp, "give_back_memory", given.set)
+    monkeypatch.setattr(tls, "MANY", 5)
+    monkeypatch.setattr(tls, "SETTLE", 0.01)
+    monkeypatch.setattr(tls, "give_back_memory", given.set)
     async with RunningKdns(corefile(scheme, authority[1])) as kdns:
         port = kdns.app.port(scheme)
         half = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]

@@ -97,18 +97,16 @@ def everything(snapshot: Snapshot) -> Changes:
     )
 
 
-def all_between(before: Snapshot, after: Snapshot) -> Changes:
-    """Return the Changes from one registry to another one, of which it is not known what they
-    have in common."""
-    old, new = everything(before), everything(after)
+def joined(first: Changes, then: Changes) -> Changes:
+    """Return the changes of two revisions as those of one."""
     return Changes(
-        services=old.services | new.services,
-        namespaces=old.namespaces | new.namespaces,
-        pods=old.pods | new.pods,
-        synced=new.synced,
-        imports=old.imports | new.imports,
-        nodes=old.nodes | new.nodes,
-        service_cidrs=old.service_cidrs | new.service_cidrs,
+        first.services | then.services,
+        first.namespaces | then.namespaces,
+        first.pods | then.pods,
+        first.synced or then.synced,
+        first.imports | then.imports,
+        first.nodes | then.nodes,
+        first.service_cidrs | then.service_cidrs,
     )
 
 

@@ -25,7 +25,7 @@ from kdns.errors import WireError
 from kdns.metrics import Cell, Metrics
 from kdns.plugins.plugin import Drop, HttpRoute
 from kdns.server.exchange import Exchange
-from kdns.server.tcp import CLOSE, Handshakes, forget
+from kdns.server.tls import CLOSE, Handshakes, forget
 
 if TYPE_CHECKING:
     from aiohttp import web

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from kdns.dns import types as t
 from kdns.dns.message import AA, OPCODE, QR, Message, parse_message, render_query
-from kdns.errors import WireError
+from kdns.errors import WireError, reason_of
 from kdns.plugins.plugin import Notice, Notify
 
 log = logging.getLogger("kdns")
@@ -175,7 +175,7 @@ class _Secondary:
                 # Of the datagram before, and this one has not left.
                 sock.send(wire)
         except OSError as e:
-            return _reason(e)
+            return reason_of(e)
         return ""
 
     def _open(self) -> socket.socket:
@@ -189,7 +189,7 @@ class _Secondary:
                 try:
                     sock.bind(_numeric(self._source, 0)[4])
                 except OSError as e:
-                    raise OSError(f"cannot send from {self._source}: {_reason(e)}") from e
+                    raise OSError(f"cannot send from {self._source}: {reason_of(e)}") from e
             sock.connect(place)
             self._loop.add_reader(sock, self._read)
         except BaseException:
@@ -265,7 +265,3 @@ def _numeric(host: str, port: int) -> tuple[int, int, int, str, tuple[str, int]]
         host, port, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
     )
     return found[0]  # type: ignore[return-value]
-
-
-def _reason(e: OSError) -> str:
-    return os.strerror(e.errno) if e.errno and e.errno > 0 else str(e)

@@ -50,9 +50,9 @@ UDP_SOCKETS = 8
 MAX_STREAMS = 64
 # How often one question may meet a connection that the upstream has just closed.
 MAX_RECONNECTS = 8
-# As often the upstreams are gone through without a pause (CoreDNS: 2 tries each), and the pause
-# from then on, where there may be more tries.
-FAST_ROUNDS = 2
+# How often the upstreams are gone through, as CoreDNS does; and the pause before each further
+# time, where a Corefile wants more tries.
+ROUNDS = 2
 ROUND_PAUSE = 0.05
 SWEEP = 5.0  # seconds between looks at idle connections
 # A set of upstreams nobody asks (its Corefile is gone, perhaps) is closed after this.
@@ -212,7 +212,9 @@ class Group:
             self._tls_context() if any(a.transport == "tls" for a in rules.addresses) else None
         )
         self.servers = [Server(address, context, self) for address in rules.addresses]
-        self.attempts = 2 * len(self.servers) if rules.max_attempts is None else rules.max_attempts
+        self.attempts = (
+            ROUNDS * len(self.servers) if rules.max_attempts is None else rules.max_attempts
+        )
 
     def _tls_context(self) -> ssl.SSLContext | None:
         certificate, key, authority = self.rules.tls_files
@@ -613,7 +615,7 @@ class Flight(Errand):
         """True after a round, once there were more than most questions may have: upstreams that
         refuse at once would be asked as fast as they do."""
         upstreams = len(self._order)
-        return self._next >= upstreams and self._attempts >= FAST_ROUNDS * upstreams
+        return self._next >= upstreams and self._attempts >= ROUNDS * upstreams
 
     # --- what came of it ------------------------------------------------------------------
 
